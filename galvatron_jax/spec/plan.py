@@ -1,0 +1,117 @@
+"""`Plan`: everything needed to run a model in parallel, with what was predicted of it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from galvatron_jax.spec.document import Record
+from galvatron_jax.spec.strategy import LayerStrategy
+
+
+class Schedule(StrEnum):
+    """Order in which pipeline stages work on micro-batches."""
+
+    NONE = "none"
+    """One stage: micro-batches one after another, gradients accumulated."""
+    GPIPE = "gpipe"
+    ONE_F_ONE_B = "1f1b"
+    ONE_F_ONE_B_STASH = "1f1b-stash"
+    INTERLEAVED = "interleaved"
+
+
+class MeshAxis(Record):
+    """One mesh axis of prime size, slowest link first."""
+
+    name: str
+    size: int
+    level: str = "intra"
+    """`intra` (within a node) or `inter` (crosses nodes)."""
+
+
+class LayerGroup(Record):
+    """Consecutive layers of the model with one strategy."""
+
+    start: int
+    """Index of the first layer in `ModelSpec.layers`."""
+    stop: int
+    """Index after the last."""
+    strategy: LayerStrategy
+
+
+class Stage(Record):
+    """A pipeline stage: the layers it holds."""
+
+    groups: tuple[LayerGroup, ...]
+
+
+class TimeBreakdown(Record):
+    """Predicted seconds of one step."""
+
+    step_s: float
+    compute_s: float
+    communication_s: float
+    """Collectives of forward and backward that computation does not hide."""
+    synchronisation_s: float
+    """Gradient synchronisation, once per step, and parameter gathers after the update."""
+    update_s: float
+    bubble_s: float = 0.0
+
+
+class MemoryBreakdown(Record):
+    """Predicted peak bytes on one device of a stage."""
+
+    total_bytes: int
+    parameter_bytes: int
+    optimizer_bytes: int
+    gradient_bytes: int
+    residual_bytes: int
+    """What forward keeps for backward, boundary activations included."""
+    workspace_bytes: int
+    """Temporaries of the largest layer: gathered weights, logits."""
+    batch_bytes: int = 0
+
+
+class Prediction(Record):
+    """What the cost model expects of the plan."""
+
+    time: TimeBreakdown
+    memory: tuple[MemoryBreakdown, ...]
+    """Per stage."""
+    memory_budget_bytes: int | None = None
+    provenance: str = "derived"
+    """Of the profile that it rests on."""
+
+
+class Plan(Record):
+    """How to train one model with one global batch on one mesh."""
+
+    version: int = 1
+    model: str
+    """Name of the model, for people."""
+    model_fingerprint: str | None = None
+    """Fingerprint of the `ModelSpec` it was made for; None in a plan written by hand for any model with as many layers."""
+    mesh: tuple[MeshAxis, ...]
+    global_batch: int
+    num_microbatches: int = 1
+    schedule: Schedule = Schedule.NONE
+    stages: tuple[Stage, ...]
+    batch_axes: tuple[str, ...] = ()
+    """Mesh axes over which the input batch, and values that cross more than one layer, split their batch dim."""
+    executor: str = "local"
+    """Which executor runs it: `local`."""
+    prediction: Prediction | None = None
+    software: dict[str, str] = {}
+
+    @property
+    def num_devices(self) -> int:
+        """Product of the mesh axes."""
+        total = 1
+        for axis in self.mesh:
+            total *= axis.size
+        return total
+
+    @property
+    def strategies(self) -> tuple[LayerStrategy, ...]:
+        """One strategy per layer of the model, in order."""
+        groups = sorted((g for stage in self.stages for g in stage.groups), key=lambda g: g.start)
+        return tuple(g.strategy for g in groups for _ in range(g.start, g.stop))
