@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from galvatron_jax.spec.document import Record
+from galvatron_jax.spec.document import Document, Record
 
 
 class DeviceSpec(Record):
@@ -24,7 +24,7 @@ class Link(Record):
     """Per device, in one direction."""
 
 
-class ClusterSpec(Record):
+class ClusterSpec(Document):
     """Nodes of equal devices. Devices of one node are joined by `intra`, nodes by `inter`."""
 
     version: int = 1

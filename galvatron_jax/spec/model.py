@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from galvatron_jax.spec.document import Record
+from galvatron_jax.spec.document import Document, Record
 from galvatron_jax.spec.program import Program
 
 
@@ -85,7 +85,7 @@ class Parameter(Record):
     dtype: str
 
 
-class ModelSpec(Record):
+class ModelSpec(Document):
     """A model as the planner sees it.
 
     `layers[0]` holds what precedes the first repeated block (embedding) and `layers[-1]` what follows the

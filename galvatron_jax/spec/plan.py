@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from galvatron_jax.spec.document import Record
+from pydantic import Field
+
+from galvatron_jax.spec.document import Document, Record
 from galvatron_jax.spec.strategy import LayerStrategy
 
 
@@ -82,7 +84,7 @@ class Prediction(Record):
     """Of the profile that it rests on."""
 
 
-class Plan(Record):
+class Plan(Document):
     """How to train one model with one global batch on one mesh."""
 
     version: int = 1
@@ -100,7 +102,7 @@ class Plan(Record):
     executor: str = "local"
     """Which executor runs it: `local`."""
     prediction: Prediction | None = None
-    software: dict[str, str] = {}
+    software: dict[str, str] = Field(default_factory=dict)
 
     @property
     def num_devices(self) -> int:
@@ -113,5 +115,7 @@ class Plan(Record):
     @property
     def strategies(self) -> tuple[LayerStrategy, ...]:
         """One strategy per layer of the model, in order."""
-        groups = sorted((g for stage in self.stages for g in stage.groups), key=lambda g: g.start)
+        groups = sorted(
+            (g for stage in self.stages for g in stage.groups), key=lambda g: g.start
+        )
         return tuple(g.strategy for g in groups for _ in range(g.start, g.stop))

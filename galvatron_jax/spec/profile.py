@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from galvatron_jax.spec.document import Record
+from pydantic import Field
+
+from galvatron_jax.spec.document import Document, Record
 from galvatron_jax.spec.strategy import Remat, SequenceParallel
 
 
@@ -73,7 +75,7 @@ class CollectiveTiming(Record):
     timing: Timing
 
 
-class Profile(Record):
+class Profile(Document):
     """Times of layers and collectives on one kind of cluster."""
 
     version: int = 1
@@ -88,5 +90,5 @@ class Profile(Record):
     """Share of communication that hides behind computation, 0 to 1."""
     update_bytes_per_s: float | None = None
     """Optimizer update: parameter and state bytes touched per second."""
-    software: dict[str, str] = {}
+    software: dict[str, str] = Field(default_factory=dict)
     """Versions of jax, jaxlib, galvatron_jax and Python."""
