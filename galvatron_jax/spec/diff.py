@@ -18,9 +18,7 @@ def format_path(path: Sequence[str | int]) -> str:
     """
     text = ""
     for piece in path:
-        text += (
-            f"[{piece}]" if isinstance(piece, int) else f".{piece}" if text else piece
-        )
+        text += f"[{piece}]" if isinstance(piece, int) else f".{piece}" if text else piece
     return text
 
 
@@ -40,36 +38,21 @@ def diff_values(left: Any, right: Any) -> list[str]:
         ['mesh[0].size: 2 -> 3', "axes: ['c'] -> ['b', 'c']"]
     """
     return [
-        f"{format_path(path)}: {format_value(old)} -> {format_value(new)}"
-        for path, old, new in _walk((), left, right)
+        f"{format_path(path)}: {format_value(old)} -> {format_value(new)}" for path, old, new in _walk((), left, right)
     ]
 
 
-def _walk(
-    path: tuple[str | int, ...], left: Any, right: Any
-) -> Iterator[tuple[tuple[str | int, ...], Any, Any]]:
+def _walk(path: tuple[str | int, ...], left: Any, right: Any) -> Iterator[tuple[tuple[str | int, ...], Any, Any]]:
     if isinstance(left, dict) and isinstance(right, dict):
         for key in [*left, *(k for k in right if k not in left)]:
-            yield from _walk(
-                (*path, key), left.get(key, _ABSENT), right.get(key, _ABSENT)
-            )
+            yield from _walk((*path, key), left.get(key, _ABSENT), right.get(key, _ABSENT))
     elif _is_list_of_containers(left) and _is_list_of_containers(right):
         for index in range(max(len(left), len(right))):
-            pair = (
-                items[index] if index < len(items) else _ABSENT
-                for items in (left, right)
-            )
+            pair = (items[index] if index < len(items) else _ABSENT for items in (left, right))
             yield from _walk((*path, index), *pair)
-    elif (
-        left is _ABSENT
-        or right is _ABSENT
-        or type(left) is not type(right)
-        or left != right
-    ):
+    elif left is _ABSENT or right is _ABSENT or type(left) is not type(right) or left != right:
         yield path, left, right
 
 
 def _is_list_of_containers(value: Any) -> bool:
-    return isinstance(value, list) and any(
-        isinstance(item, (dict, list)) for item in value
-    )
+    return isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value)

@@ -80,9 +80,7 @@ class Document(Record):
 
     def content_hash(self) -> str:
         """Sixteen hex digits that are equal for equal documents, on every machine."""
-        canonical = json.dumps(
-            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")
-        )
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def diff(self, other: Self) -> list[str]:
@@ -92,7 +90,5 @@ class Document(Record):
             InputError: when `other` is another type of document.
         """
         if type(other) is not type(self):
-            raise InputError(
-                f"A {type(self).__name__} cannot be compared with a {type(other).__name__}."
-            )
+            raise InputError(f"A {type(self).__name__} cannot be compared with a {type(other).__name__}.")
         return diff_values(self.model_dump(mode="json"), other.model_dump(mode="json"))

@@ -50,9 +50,7 @@ def write_text(path: str | PathLike[str], text: str) -> None:
     """Writes a text file whole or not at all, and creates its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".part"
-    )
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -77,13 +75,9 @@ def parse_json(text: str, *, source: str) -> dict[str, Any]:
             f"{source}: not valid JSON, line {error.lineno} column {error.colno}: {error.msg}."
         ) from error
     except _DuplicateKeyError as error:
-        raise DocumentError(
-            f"{source}: the key {error.args[0]!r} is given twice in one table."
-        ) from error
+        raise DocumentError(f"{source}: the key {error.args[0]!r} is given twice in one table.") from error
     if not isinstance(data, dict):
-        raise DocumentError(
-            f"{source}: holds a {type(data).__name__}; expected a table of named fields."
-        )
+        raise DocumentError(f"{source}: holds a {type(data).__name__}; expected a table of named fields.")
     return data
 
 
@@ -116,10 +110,7 @@ def _format(value: Any, indent: int, room: int) -> str:
     inner = indent + 2
     if isinstance(value, dict):
         keys = [json.dumps(str(key), ensure_ascii=False) + ": " for key in value]
-        items = [
-            key + _format(item, inner, _LINE_LENGTH - inner - len(key))
-            for key, item in zip(keys, value.values())
-        ]
+        items = [key + _format(item, inner, _LINE_LENGTH - inner - len(key)) for key, item in zip(keys, value.values())]
         opening, closing = "{", "}"
     else:
         items = [_format(item, inner, _LINE_LENGTH - inner) for item in value]
@@ -143,9 +134,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_suffix(path: Path) -> None:
     if path.suffix not in (".json", ".toml"):
-        raise DocumentError(
-            f"{path}: unknown suffix {path.suffix!r}; documents are .json or .toml files."
-        )
+        raise DocumentError(f"{path}: unknown suffix {path.suffix!r}; documents are .json or .toml files.")
 
 
 def _missing(path: Path) -> str:
@@ -153,9 +142,7 @@ def _missing(path: Path) -> str:
         return f"{path}: is a folder; give the file inside it."
     if not path.parent.is_dir():
         return f"{path}: no such file; its folder {path.parent} does not exist either."
-    near = difflib.get_close_matches(
-        path.name, [p.name for p in path.parent.iterdir() if p.is_file()], n=1
-    )
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_file()], n=1)
     hint = f" Did you mean {path.parent / near[0]}?" if near else ""
     return f"{path}: no such file.{hint}"
 

@@ -115,7 +115,5 @@ class Plan(Document):
     @property
     def strategies(self) -> tuple[LayerStrategy, ...]:
         """One strategy per layer of the model, in order."""
-        groups = sorted(
-            (g for stage in self.stages for g in stage.groups), key=lambda g: g.start
-        )
+        groups = sorted((g for stage in self.stages for g in stage.groups), key=lambda g: g.start)
         return tuple(g.strategy for g in groups for _ in range(g.start, g.stop))

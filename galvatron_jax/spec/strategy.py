@@ -58,13 +58,9 @@ class LayerStrategy(Record):
         if set(self.dp) & (set(self.tp) | set(self.sp)) or (
             self.sp_kind is SequenceParallel.ULYSSES and set(self.sp) & set(self.tp)
         ):
-            raise ValueError(
-                f"one mesh axis serves two kinds of parallelism in {self.short()}"
-            )
+            raise ValueError(f"one mesh axis serves two kinds of parallelism in {self.short()}")
         if self.sp_kind is SequenceParallel.MEGATRON and self.sp != self.tp:
-            raise ValueError(
-                "Megatron sequence parallelism uses the tp axes: set sp equal to tp"
-            )
+            raise ValueError("Megatron sequence parallelism uses the tp axes: set sp equal to tp")
         if (self.sp_kind is SequenceParallel.NONE) != (not self.sp):
             raise ValueError("sp axes and sp_kind must be given together")
         return self

@@ -56,11 +56,7 @@ def _is_table(value: Any) -> bool:
 
 
 def _is_tables(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(item, dict) for item in value)
-    )
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 def _key(key: str) -> str:
@@ -84,13 +80,5 @@ def _inline(value: Any, path: tuple[str, ...]) -> str:
         return "[" + ", ".join(_inline(item, path) for item in value) + "]"
     if isinstance(value, dict):
         present = ((key, item) for key, item in value.items() if item is not None)
-        return (
-            "{"
-            + ", ".join(
-                f"{_key(key)} = {_inline(item, (*path, key))}" for key, item in present
-            )
-            + "}"
-        )
-    raise DocumentError(
-        f"{'.'.join(path)}: TOML cannot hold {value!r} here; save the document as .json."
-    )
+        return "{" + ", ".join(f"{_key(key)} = {_inline(item, (*path, key))}" for key, item in present) + "}"
+    raise DocumentError(f"{'.'.join(path)}: TOML cannot hold {value!r} here; save the document as .json.")

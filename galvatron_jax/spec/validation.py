@@ -36,15 +36,9 @@ def validate(cls: type[Model], data: Mapping[str, Any], source: str) -> Model:
         # Strict validation of JSON takes lists for tuples and text for enumerations, but never "3" for 3.
         return cls.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
-        faults = [
-            _fault(cls, data, details) for details in error.errors(include_url=False)
-        ]
+        faults = [_fault(cls, data, details) for details in error.errors(include_url=False)]
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    raise DocumentError(
-        "\n  ".join(
-            [f"{source}: {count} in this {cls.__name__}:", *dict.fromkeys(faults)]
-        )
-    )
+    raise DocumentError("\n  ".join([f"{source}: {count} in this {cls.__name__}:", *dict.fromkeys(faults)]))
 
 
 def check_version(cls: type[BaseModel], data: Mapping[str, Any], source: str) -> None:
@@ -57,11 +51,7 @@ def check_version(cls: type[BaseModel], data: Mapping[str, Any], source: str) ->
     version = data.get("version")
     if field is None or type(version) is not int or 1 <= version <= field.default:
         return
-    advice = (
-        "update galvatron_jax, or make the document anew"
-        if version > 0
-        else "versions start at 1"
-    )
+    advice = "update galvatron_jax, or make the document anew" if version > 0 else "versions start at 1"
     raise DocumentError(
         f"{source}: this {cls.__name__} has version {version}, but this galvatron_jax knows "
         f"version {field.default}; {advice}."
@@ -95,9 +85,7 @@ def _fault(cls: type[BaseModel], data: Mapping[str, Any], details: Any) -> str:
     place = format_path(path) or "the document"
     kind, context = details["type"], details.get("ctx", {})
     if kind == "extra_forbidden":
-        known = [
-            name for model in _models_at(cls, path[:-1]) for name in model.model_fields
-        ]
+        known = [name for model in _models_at(cls, path[:-1]) for name in model.model_fields]
         return f"{place}: unknown key.{did_you_mean(str(path[-1]), known)}"
     if kind == "missing":
         return f"{place}: missing.{_description(cls, path)}"
@@ -114,14 +102,7 @@ def _fault(cls: type[BaseModel], data: Mapping[str, Any], details: Any) -> str:
 
 def _expected(message: str) -> str:
     """Turns pydantic's "Input should be a valid integer" into "a valid integer"."""
-    return (
-        re.sub(
-            r"^(Input|Tuple|List|Value|String|Dictionary) should (be|have)? ?",
-            "",
-            message,
-        )
-        or message
-    )
+    return re.sub(r"^(Input|Tuple|List|Value|String|Dictionary) should (be|have)? ?", "", message) or message
 
 
 def _path_in(data: Any, location: Iterable[str | int]) -> _Path:
@@ -151,15 +132,8 @@ def _models_at(cls: type[BaseModel], path: _Path) -> list[type[BaseModel]]:
     """The models that may stand at a path of documents of type `cls`."""
     annotations: list[Any] = [cls]
     for piece in path:
-        annotations = [
-            inner for annotation in annotations for inner in _step(annotation, piece)
-        ]
-    return [
-        a
-        for annotation in annotations
-        for a in _alternatives(annotation)
-        if _is_model(a)
-    ]
+        annotations = [inner for annotation in annotations for inner in _step(annotation, piece)]
+    return [a for annotation in annotations for a in _alternatives(annotation) if _is_model(a)]
 
 
 def _step(annotation: Any, piece: str | int) -> Iterator[Any]:
@@ -171,11 +145,7 @@ def _step(annotation: Any, piece: str | int) -> Iterator[Any]:
         elif get_origin(alternative) is dict:
             yield get_args(alternative)[1]
         else:
-            yield from (
-                argument
-                for argument in get_args(alternative)
-                if argument is not Ellipsis
-            )
+            yield from (argument for argument in get_args(alternative) if argument is not Ellipsis)
 
 
 def _alternatives(annotation: Any) -> Iterator[Any]:
