@@ -1,0 +1,31 @@
+"""Small models of the package's zoo, with the options that the matrices of tests want."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from types import ModuleType
+from typing import Any
+
+from galvatron_jax.models import gpt2, llama
+
+from .case import ModelCase
+
+
+def _case(name: str, module: ModuleType, model: type, **overrides: Any) -> ModelCase:
+    config = dataclasses.replace(module.PRESETS["tiny"], **overrides)
+    return ModelCase(
+        name=name,
+        flavour="nnx",
+        make=lambda: lambda rngs: model(config, rngs=rngs),
+        loss_fn=module.loss_fn,
+        batch=functools.partial(module.random_batch, config),
+    )
+
+
+CASES = [
+    _case("gpt2", gpt2, gpt2.GPT2, tie_embeddings=False),
+    _case("gpt2_tied_dropout", gpt2, gpt2.GPT2, dropout=0.1),
+    _case("llama", llama, llama.Llama, num_kv_heads=8),
+    _case("llama_tp_over_kv", llama, llama.Llama, num_kv_heads=2),
+]
