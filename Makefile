@@ -1,0 +1,69 @@
+# Set up, run, check and test, each with one command on a fresh machine with Python >= 3.11 and pip.
+# Another Python has an environment of its own: `make test PYTHON=python3.12` uses .venv-python3.12.
+
+PYTHON ?= python3
+VENV := .venv$(if $(filter python3,$(notdir $(PYTHON))),,-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# On a machine with NVIDIA GPUs, JAX comes with CUDA.
+EXTRAS := $(if $(shell command -v nvidia-smi 2>/dev/null),[cuda])
+
+PYTEST := $(BIN)/python -m pytest -n 2
+PYTEST_ARGS ?=
+
+.PHONY: help quickstart test test-all test-gpu check format docs bench clean
+
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
+
+quickstart: $(VENV)/.installed ## train a small GPT on this machine's devices, plan and all
+	$(BIN)/galvatron-jax train configs/quickstart.toml
+
+test: $(VENV)/.installed-test ## the suite without its slow matrices
+	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-test ## the whole suite on virtual devices
+	$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.installed-test ## what needs a GPU
+	GALVATRON_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev ## lint, format, types, import order, docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+	$(BIN)/lint-imports
+	$(MAKE) docs
+
+format: $(VENV)/.installed-dev ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-dev ## build the documentation into docs/_build/html
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
+
+bench: $(VENV)/.installed ## every benchmark at its default size, claims checked
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --check; done
+
+clean: ## remove environments, caches and built files
+	rm -rf .venv .venv-* docs/_build docs/reference/modules .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# The environment is made without ensurepip, which Debian's Python lacks: the outer pip (>= 22.3) installs the inner
+# one. Dependency groups need pip >= 25.1.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("galvatron-jax needs Python >= 3.11, this is " + sys.version if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -m pip --disable-pip-version-check --python $(BIN)/python install --quiet "pip>=25.1"
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet --editable '.$(EXTRAS)'
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) install --quiet --group test
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet --group dev
+	@touch $@
