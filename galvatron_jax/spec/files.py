@@ -109,8 +109,8 @@ def _format(value: Any, indent: int, room: int) -> str:
         return line
     inner = indent + 2
     if isinstance(value, dict):
-        keys = [json.dumps(str(key), ensure_ascii=False) + ": " for key in value]
-        items = [key + _format(item, inner, _LINE_LENGTH - inner - len(key)) for key, item in zip(keys, value.values())]
+        named = ((json.dumps(str(key), ensure_ascii=False) + ": ", item) for key, item in value.items())
+        items = [name + _format(item, inner, _LINE_LENGTH - inner - len(name)) for name, item in named]
         opening, closing = "{", "}"
     else:
         items = [_format(item, inner, _LINE_LENGTH - inner) for item in value]

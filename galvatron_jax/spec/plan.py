@@ -26,6 +26,7 @@ class MeshAxis(Record):
 
     name: str
     size: int
+    """Devices along the axis, a prime."""
     level: str = "intra"
     """`intra` (within a node) or `inter` (crosses nodes)."""
 
@@ -38,12 +39,14 @@ class LayerGroup(Record):
     stop: int
     """Index after the last."""
     strategy: LayerStrategy
+    """How each of them is spread over the mesh."""
 
 
 class Stage(Record):
     """A pipeline stage: the layers it holds."""
 
     groups: tuple[LayerGroup, ...]
+    """Layer groups, in the order of the model's layers."""
 
 
 class TimeBreakdown(Record):
@@ -88,21 +91,32 @@ class Plan(Document):
     """How to train one model with one global batch on one mesh."""
 
     version: int = 1
+    """Version of this format."""
     model: str
     """Name of the model, for people."""
     model_fingerprint: str | None = None
-    """Fingerprint of the `ModelSpec` it was made for; None in a plan written by hand for any model with as many layers."""
+    """Fingerprint of the `ModelSpec` it was made for.
+
+    None in a plan written by hand for any model with as many layers.
+    """
     mesh: tuple[MeshAxis, ...]
+    """Mesh axes, slowest link first; their sizes multiply to the number of devices."""
     global_batch: int
+    """Examples of one optimizer step, over all devices and micro-batches."""
     num_microbatches: int = 1
+    """Equal parts of the global batch that run one after another, gradients accumulated."""
     schedule: Schedule = Schedule.NONE
+    """Order in which the stages work on the micro-batches; `none` with one stage."""
     stages: tuple[Stage, ...]
+    """Pipeline stages in the order of the model's layers; one without pipeline parallelism."""
     batch_axes: tuple[str, ...] = ()
     """Mesh axes over which the input batch, and values that cross more than one layer, split their batch dim."""
     executor: str = "local"
     """Which executor runs it: `local`."""
     prediction: Prediction | None = None
+    """What the cost model expects; None in a plan written by hand."""
     software: dict[str, str] = Field(default_factory=dict)
+    """Versions of jax, jaxlib, galvatron_jax and Python with which it was made."""
 
     @property
     def num_devices(self) -> int:

@@ -1,0 +1,177 @@
+"""Whether a plan fits a model and a set of devices: every reason why not, at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from galvatron_jax.errors import PlanMismatchError
+from galvatron_jax.spec.mesh import mesh_shape, prime_factors
+from galvatron_jax.spec.model import ModelSpec
+from galvatron_jax.spec.plan import LayerGroup, Plan, Schedule
+from galvatron_jax.spec.validation import did_you_mean
+
+EXECUTORS = ("local",)
+_LEVELS = ("inter", "intra")
+
+
+def check_plan(plan: Plan, model: ModelSpec, num_devices: int) -> None:
+    """Makes sure that a plan can train a model on so many devices.
+
+    Args:
+        plan: The plan, found by the search or written by hand.
+        model: The model it is to train.
+        num_devices: Devices there are.
+
+    Raises:
+        PlanMismatchError: naming everything that differs.
+    """
+    faults = [
+        *_mesh_faults(plan, num_devices),
+        *_model_faults(plan, model),
+        *_cover_faults(plan, len(model.layers)),
+        *_axis_faults(plan),
+        *_batch_faults(plan),
+        *_execution_faults(plan),
+    ]
+    if faults:
+        heading = f"This plan for {plan.model!r} cannot train {model.name!r} on {_count(num_devices, 'device')}:"
+        raise PlanMismatchError("\n  ".join([heading, *faults]))
+
+
+def _mesh_faults(plan: Plan, num_devices: int) -> Iterator[str]:
+    sizes = " x ".join(f"{axis.name}={axis.size}" for axis in plan.mesh) or "no axes"
+    if plan.num_devices != num_devices:
+        yield f"mesh: {sizes} makes {plan.num_devices} devices, but there are {num_devices}; search anew for these."
+    for name, count in Counter(axis.name for axis in plan.mesh).items():
+        if count > 1:
+            yield f"mesh: the axis name {name!r} is used {count} times."
+    for index, axis in enumerate(plan.mesh):
+        factors = prime_factors(axis.size)
+        if len(factors) != 1:
+            split = (
+                f"; use {len(factors)} axes of sizes {', '.join(map(str, factors))}" if factors else "; leave it out"
+            )
+            yield f"mesh[{index}].size: axis {axis.name!r} has size {axis.size}, which is not prime{split}."
+        if axis.level not in _LEVELS:
+            yield f"mesh[{index}].level: {axis.level!r} is no link level.{did_you_mean(axis.level, _LEVELS)}"
+    levels = [axis.level for axis in plan.mesh if axis.level in _LEVELS]
+    if levels != sorted(levels):
+        yield "mesh: axes of level 'inter' (between nodes, the slowest links) must come before those of level 'intra'."
+
+
+def _model_faults(plan: Plan, model: ModelSpec) -> Iterator[str]:
+    if plan.model_fingerprint is None or plan.model_fingerprint == model.fingerprint:
+        return
+    differences = []
+    planned = max((group.stop for stage in plan.stages for group in stage.groups), default=0)
+    if plan.model != model.name:
+        differences.append(f"its name ({plan.model!r} in the plan, {model.name!r} here)")
+    if planned != len(model.layers):
+        differences.append(f"its number of layers ({planned} in the plan, {len(model.layers)} here)")
+    what = " and ".join(differences) or "its operations, shapes or dtypes (name and number of layers agree)"
+    yield (
+        f"model_fingerprint: the plan was made for {plan.model_fingerprint}, this model is {model.fingerprint}; "
+        f"what differs: {what}. Search anew, or remove model_fingerprint to use the plan all the same."
+    )
+
+
+def _cover_faults(plan: Plan, num_layers: int) -> Iterator[str]:
+    """Every layer in exactly one group, groups in the model's order."""
+    position = 0
+    for place, group in _groups(plan):
+        if group.start >= group.stop:
+            yield f"{place}: holds no layers (start {group.start}, stop {group.stop})."
+            continue
+        if group.start > position:
+            yield f"{place}: starts at layer {group.start}; {_layers(position, group.start)} in no group."
+        elif group.start < position:
+            yield (
+                f"{place}: starts at layer {group.start}, but the groups before it reach layer {position - 1}; "
+                "groups must follow each other without overlap."
+            )
+        position = max(position, group.stop)
+    if position > num_layers:
+        yield f"stages: the groups end after layer {position - 1}, but the model's last layer is {num_layers - 1}."
+    if position < num_layers:
+        yield f"stages: {_layers(position, num_layers)} in no group; the model has {_count(num_layers, 'layer')}."
+    for index, stage in enumerate(plan.stages):
+        if not stage.groups:
+            yield f"stages[{index}]: holds no layers."
+
+
+def _axis_faults(plan: Plan) -> Iterator[str]:
+    """Axes that the mesh lacks, or that serve twice."""
+    known = [axis.name for axis in plan.mesh]
+    uses = [("batch_axes", plan.batch_axes)]
+    for place, group in _groups(plan):
+        strategy = group.strategy
+        kinds = (("dp", strategy.dp), ("tp", strategy.tp), ("sp", strategy.sp))
+        uses += [(f"{place}.strategy.{kind}", axes) for kind, axes in kinds]
+        # Megatron's sequence parallelism works over the tp axes themselves.
+        serving = [*strategy.replicas, *strategy.tp]
+        twice = sorted(axis for axis, count in Counter(serving).items() if count > 1)
+        if twice:
+            yield f"{place}.strategy: {_axes(twice)} more than once ({strategy.short()}); each axis may serve one kind."
+    for place, axes in uses:
+        for axis in dict.fromkeys(axes):
+            if axis not in known:
+                hint = did_you_mean(axis, known) if known else " The mesh has no axes."
+                yield f"{place}: the mesh has no axis {axis!r}.{hint}"
+    if len(set(plan.batch_axes)) < len(plan.batch_axes):
+        yield f"batch_axes: {', '.join(plan.batch_axes)} names an axis twice."
+
+
+def _batch_faults(plan: Plan) -> Iterator[str]:
+    if plan.global_batch < 1 or plan.num_microbatches < 1:
+        yield (
+            f"global_batch {plan.global_batch} and num_microbatches {plan.num_microbatches}: both must be at least 1."
+        )
+        return
+    microbatch, rest = divmod(plan.global_batch, plan.num_microbatches)
+    if rest:
+        yield (
+            f"global_batch: {plan.global_batch} examples do not divide into {plan.num_microbatches} micro-batches; "
+            f"use {plan.global_batch - rest} or {plan.global_batch - rest + plan.num_microbatches} examples."
+        )
+        return
+    shape = mesh_shape(plan.mesh)
+    uses = [(f"{place}.strategy.dp", group.strategy.dp) for place, group in _groups(plan)]
+    first_use = {axes: place for place, axes in reversed([("batch_axes", plan.batch_axes), *uses])}
+    for axes, place in first_use.items():
+        degree = 1
+        for axis in axes:
+            degree *= shape.get(axis, 1)
+        if degree and microbatch % degree:
+            yield (
+                f"{place}: micro-batches of {_count(microbatch, 'example')} ({plan.global_batch} in "
+                f"{plan.num_microbatches}) do not divide over {degree} devices; "
+                f"make global_batch a multiple of {degree * plan.num_microbatches}, or use fewer micro-batches."
+            )
+
+
+def _execution_faults(plan: Plan) -> Iterator[str]:
+    if plan.executor not in EXECUTORS:
+        yield f"executor: no executor {plan.executor!r}.{did_you_mean(plan.executor, EXECUTORS)}"
+    if len(plan.stages) > 1:
+        yield f"stages: {len(plan.stages)} pipeline stages, but the executor {plan.executor!r} runs one stage only."
+    elif plan.schedule is not Schedule.NONE:
+        yield f"schedule: {plan.schedule.value!r} orders several stages, but the plan has one; use 'none'."
+
+
+def _groups(plan: Plan) -> Iterator[tuple[str, LayerGroup]]:
+    for stage_index, stage in enumerate(plan.stages):
+        for group_index, group in enumerate(stage.groups):
+            yield f"stages[{stage_index}].groups[{group_index}]", group
+
+
+def _layers(start: int, stop: int) -> str:
+    return f"layer {start} is" if stop - start == 1 else f"layers {start} to {stop - 1} are"
+
+
+def _axes(names: list[str]) -> str:
+    return f"axis {names[0]} serves" if len(names) == 1 else f"axes {', '.join(names)} serve"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
