@@ -74,7 +74,7 @@ class Layer(Record):
     """Per input port: `param:PATH`, `param:PATH[i]` (slice i of a stacked parameter), `state:PATH`, `state:PATH[i]`,
     `batch:PATH`, `const:ID` or `value:ID`."""
     outputs: tuple[str, ...]
-    """Per output port: `value:ID`, `state:PATH`, `state:PATH[i]`, `loss`, `weight` or `aux:PATH`."""
+    """Per output port, `value:ID`."""
 
 
 class Parameter(Record):
@@ -101,5 +101,8 @@ class ModelSpec(Document):
     kinds: tuple[LayerKind, ...]
     layers: tuple[Layer, ...]
     parameters: tuple[Parameter, ...]
+    results: tuple[tuple[str, str], ...] = ()
+    """What the model yields: pairs of `loss`, `weight`, `aux:PATH`, `state:PATH` or `state:PATH[i]`, and the
+    `value:ID` (or unchanged input, `state:PATH`) that holds it."""
     notes: tuple[str, ...] = ()
     """What the tracer wants the user to know: unsharded operations, models without repeated blocks."""
