@@ -55,8 +55,9 @@ def _hopper(name: str, *, memory_bytes: int, memory_bandwidth_bytes_per_s: float
     )
 
 
+# By name without the number of devices.
 _FAMILIES = {
-    "a100": _Family(
+    "a100x": _Family(
         device=DeviceSpec(
             name="NVIDIA A100-SXM4-80GB",
             memory_bytes=85_100_068_864,
@@ -71,7 +72,7 @@ _FAMILIES = {
             f"port per GPU. Memory: {_XLA_SPECS}/a100_sxm_80.txtpb; {_NCCL}"
         ),
     ),
-    "h100": _hopper(
+    "h100x": _hopper(
         "NVIDIA H100 80GB HBM3",
         memory_bytes=84_942_979_072,
         memory_bandwidth_bytes_per_s=3.35e12,
@@ -82,7 +83,7 @@ _FAMILIES = {
             f"Memory: {_XLA_SPECS}/h100_sxm.txtpb; {_NCCL}"
         ),
     ),
-    "h200": _hopper(
+    "h200x": _hopper(
         "NVIDIA H200",
         memory_bytes=141_000_000_000,
         memory_bandwidth_bytes_per_s=4.8e12,
@@ -108,7 +109,7 @@ _FAMILIES = {
             f"No NVLink bridge; {_NCCL}"
         ),
     ),
-    "rtx4090": _Family(
+    "rtx4090x": _Family(
         device=DeviceSpec(
             name="NVIDIA GeForce RTX 4090",
             memory_bytes=24_000_000_000,
@@ -143,22 +144,24 @@ def cluster_preset(name: str) -> ClusterSpec:
         >>> cluster.num_nodes, cluster.devices_per_node, cluster.device.name
         (2, 8, 'NVIDIA A100-SXM4-80GB')
     """
-    family_name, _, count_text = name.lower().rpartition("x")
-    family = _FAMILIES.get(family_name)
-    if family is None or not re.fullmatch(r"[1-9][0-9]*", count_text):
-        raise InputError(f"No cluster preset {name!r}.{_near_family(name)} Presets: {preset_summary()}.")
-    count = int(count_text)
+    match = re.fullmatch(r"(.*\D)([1-9][0-9]*)", name.lower())
+    if not match or match[1] not in _FAMILIES:
+        near = near_name(name, preset_names())
+        hint = f" Did you mean {near!r}?" if near else ""
+        raise InputError(f"No cluster preset {name!r}.{hint} Presets: {preset_summary()}.")
+    prefix, count = match[1], int(match[2])
+    family = _FAMILIES[prefix]
     counts = _counts(family)
     if count not in counts:
-        near = sorted(sorted(counts, key=lambda known: abs(known - count))[:2])
-        names = " and ".join(f"{family_name}x{known}" for known in near)
+        nearest = sorted(sorted(counts, key=lambda known: abs(known - count))[:2])
+        names = " and ".join(f"{prefix}{known}" for known in nearest)
         raise InputError(
-            f"No cluster preset {name!r}: {family_name} comes with 1, 2 or 4 devices in one node, or with full nodes "
-            f"of {NODE_SIZE} up to {family.most_devices} devices. Nearest: {names}."
+            f"No cluster preset {name!r}: there are 1, 2 or 4 such devices in one node, or full nodes of "
+            f"{NODE_SIZE} up to {family.most_devices} devices. Nearest: {names}."
         )
     num_nodes = max(1, count // NODE_SIZE)
     return ClusterSpec(
-        name=f"{family_name}x{count}",
+        name=f"{prefix}{count}",
         num_nodes=num_nodes,
         devices_per_node=count // num_nodes,
         device=family.device,
@@ -170,18 +173,13 @@ def cluster_preset(name: str) -> ClusterSpec:
 
 def preset_names() -> tuple[str, ...]:
     """Every name that `cluster_preset` knows."""
-    return tuple(f"{name}x{count}" for name, family in _FAMILIES.items() for count in _counts(family))
+    return tuple(f"{prefix}{count}" for prefix, family in _FAMILIES.items() for count in _counts(family))
 
 
 def preset_summary() -> str:
     """The presets in one line, for help texts."""
-    return ", ".join(f"{name}x1 to {name}x{family.most_devices}" for name, family in _FAMILIES.items())
+    return ", ".join(f"{prefix}1 to {prefix}{family.most_devices}" for prefix, family in _FAMILIES.items())
 
 
 def _counts(family: _Family) -> tuple[int, ...]:
     return (1, 2, 4, *range(NODE_SIZE, family.most_devices + 1, NODE_SIZE))
-
-
-def _near_family(name: str) -> str:
-    near = near_name(name, preset_names())
-    return f" Did you mean {near!r}?" if near else ""

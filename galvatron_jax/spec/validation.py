@@ -36,9 +36,9 @@ def validate(cls: type[Model], data: Mapping[str, Any], source: str) -> Model:
         # Strict validation of JSON takes lists for tuples and text for enumerations, but never "3" for 3.
         return cls.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
-        faults = [_fault(cls, data, details) for details in error.errors(include_url=False)]
+        faults = _merge(_fault(cls, data, details) for details in error.errors(include_url=False))
     count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    raise DocumentError("\n  ".join([f"{source}: {count} in this {cls.__name__}:", *dict.fromkeys(faults)]))
+    raise DocumentError("\n  ".join([f"{source}: {count} in this {cls.__name__}:", *faults]))
 
 
 def check_version(cls: type[BaseModel], data: Mapping[str, Any], source: str) -> None:
@@ -80,24 +80,33 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {near!r}?" if near else f" Known: {', '.join(known)}."
 
 
-def _fault(cls: type[BaseModel], data: Mapping[str, Any], details: Any) -> str:
+def _merge(faults: Iterable[tuple[str, str]]) -> list[str]:
+    """Lines of the faults; what several alternatives of one field expect stands in one line."""
+    expectations: dict[str, list[str]] = {}
+    for fault, expected in faults:
+        expectations.setdefault(fault, []).append(expected)
+    return [fault + " or ".join(dict.fromkeys(expected)) for fault, expected in expectations.items()]
+
+
+def _fault(cls: type[BaseModel], data: Mapping[str, Any], details: Any) -> tuple[str, str]:
+    """What is wrong, and what is expected instead."""
     path = _path_in(data, details["loc"])
     place = format_path(path) or "the document"
     kind, context = details["type"], details.get("ctx", {})
     if kind == "extra_forbidden":
         known = [name for model in _models_at(cls, path[:-1]) for name in model.model_fields]
-        return f"{place}: unknown key.{did_you_mean(str(path[-1]), known)}"
+        return f"{place}: unknown key.{did_you_mean(str(path[-1]), known)}", ""
     if kind == "missing":
-        return f"{place}: missing.{_description(cls, path)}"
+        return f"{place}: missing.{_description(cls, path)}", ""
     found = format_value(details["input"])
     if kind in ("enum", "literal_error"):
         known = re.findall(r"'([^']*)'", context["expected"])
         near = near_name(str(details["input"]), known)
         hint = f". Did you mean {near!r}?" if near else ""
-        return f"{place}: found {found}; expected {context['expected']}{hint}"
+        return f"{place}: found {found}; expected ", context["expected"] + hint
     if kind == "value_error":
-        return f"{place}: {context['error']}"
-    return f"{place}: found {found}; expected {_expected(details['msg'])}"
+        return f"{place}: {context['error']}", ""
+    return f"{place}: found {found}; expected ", _expected(details["msg"])
 
 
 def _expected(message: str) -> str:

@@ -1,0 +1,162 @@
+import pytest
+
+from galvatron_jax.errors import PlanMismatchError
+from galvatron_jax.spec.plan import MeshAxis, Schedule, Stage
+from galvatron_jax.spec.plan_checks import check_plan
+from galvatron_jax.spec.strategy import LayerStrategy, SequenceParallel
+from tests.spec import samples
+
+DATA = LayerStrategy(dp=("a", "b", "c"))
+
+
+def faults(plan, *, model=None, num_devices=8):
+    """The lines of the error."""
+    with pytest.raises(PlanMismatchError) as caught:
+        check_plan(plan, model or samples.model_spec(), num_devices)
+    return [line.strip() for line in str(caught.value).splitlines()]
+
+
+def test_a_fitting_plan_passes():
+    check_plan(samples.plan(), samples.model_spec(), 8)
+    check_plan(samples.plan(model_fingerprint=None), samples.model_spec(fingerprint="another"), 8)
+
+
+def test_megatron_and_ulysses_axes_pass():
+    megatron = LayerStrategy(dp=("a",), tp=("b", "c"), sp=("b", "c"), sp_kind=SequenceParallel.MEGATRON)
+    ulysses = LayerStrategy(dp=("a",), tp=("b",), sp=("c",), sp_kind=SequenceParallel.ULYSSES, zero=3)
+    check_plan(samples.plan((0, 2, megatron), (2, 4, ulysses)), samples.model_spec(), 8)
+
+
+def test_a_single_device_needs_no_axes():
+    check_plan(samples.plan((0, 4, LayerStrategy()), mesh=(), batch_axes=()), samples.model_spec(), 1)
+
+
+def test_another_number_of_devices_is_named():
+    assert faults(samples.plan(), num_devices=4) == [
+        "This plan for 'toy' cannot train 'toy' on 4 devices:",
+        "mesh: a=2 x b=2 x c=2 makes 8 devices, but there are 4; search anew for these.",
+    ]
+
+
+def test_another_model_is_named_with_what_differs():
+    lines = faults(samples.plan(), model=samples.model_spec(6, name="other", fingerprint="beef"))
+    assert lines == [
+        "This plan for 'toy' cannot train 'other' on 8 devices:",
+        "model_fingerprint: the plan was made for f00d, this model is beef; what differs: its name ('toy' in the plan, "
+        "'other' here) and its number of layers (4 in the plan, 6 here). Search anew, or remove model_fingerprint to "
+        "use the plan all the same.",
+        "stages: layers 4 to 5 are in no group; the model has 6 layers.",
+    ]
+    lines = faults(samples.plan(), model=samples.model_spec(fingerprint="beef"))
+    assert "what differs: its operations, shapes or dtypes (name and number of layers agree)" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        ([(1, 4)], "stages[0].groups[0]: starts at layer 1; layer 0 is in no group."),
+        ([(0, 1), (3, 4)], "stages[0].groups[1]: starts at layer 3; layers 1 to 2 are in no group."),
+        ([(0, 3)], "stages: layer 3 is in no group; the model has 4 layers."),
+        ([(0, 5)], "stages: the groups end after layer 4, but the model's last layer is 3."),
+        (
+            [(0, 3), (2, 4)],
+            "stages[0].groups[1]: starts at layer 2, but the groups before it reach layer 2; "
+            "groups must follow each other without overlap.",
+        ),
+        ([(0, 4), (4, 4)], "stages[0].groups[1]: holds no layers (start 4, stop 4)."),
+    ],
+)
+def test_layers_must_be_in_one_group_each(ranges, message):
+    plan = samples.plan(*((start, stop, DATA) for start, stop in ranges))
+    assert faults(plan)[1:] == [message]
+
+
+def test_axes_that_the_mesh_lacks_are_named():
+    plan = samples.plan((0, 4, LayerStrategy(dp=("a", "x"), tp=("B",))), batch_axes=("a", "data"))
+    assert faults(plan)[1:] == [
+        "batch_axes: the mesh has no axis 'data'. Known: a, b, c.",
+        "stages[0].groups[0].strategy.dp: the mesh has no axis 'x'. Known: a, b, c.",
+        "stages[0].groups[0].strategy.tp: the mesh has no axis 'B'. Did you mean 'b'?",
+    ]
+    plan = samples.plan((0, 4, LayerStrategy(dp=("a",))), mesh=(), batch_axes=())
+    assert faults(plan, num_devices=1)[1:] == [
+        "stages[0].groups[0].strategy.dp: the mesh has no axis 'a'. The mesh has no axes."
+    ]
+
+
+def test_an_axis_that_serves_twice_is_named():
+    twice = LayerStrategy(dp=("a", "a"))
+    lines = faults(samples.plan((0, 1, twice), (1, 4, DATA), batch_axes=("b", "b")))
+    assert lines[1:] == [
+        "stages[0].groups[0].strategy: axis a serves more than once (dp[a,a]); each axis may serve one kind.",
+        "batch_axes: b, b names an axis twice.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("axes", "num_devices", "message"),
+    [
+        ([("a", 4)], 4, "mesh[0].size: axis 'a' has size 4, which is not prime; use 2 axes of sizes 2, 2."),
+        ([("a", 2), ("b", 1)], 2, "mesh[1].size: axis 'b' has size 1, which is not prime; leave it out."),
+        ([("a", 2), ("a", 3)], 6, "mesh: the axis name 'a' is used 2 times."),
+        (
+            [("a", 2, "intra"), ("b", 2, "inter")],
+            4,
+            "mesh: axes of level 'inter' (between nodes, the slowest links) must come before those of level 'intra'.",
+        ),
+        ([("a", 2, "intr")], 2, "mesh[0].level: 'intr' is no link level. Did you mean 'intra'?"),
+    ],
+)
+def test_mesh_axes_must_be_prime_distinct_and_slowest_first(axes, num_devices, message):
+    mesh = tuple(MeshAxis(**dict(zip(("name", "size", "level"), axis, strict=False))) for axis in axes)
+    plan = samples.plan((0, 4, LayerStrategy()), mesh=mesh, batch_axes=())
+    assert faults(plan, num_devices=num_devices)[1:] == [message]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"global_batch": 63},
+            "global_batch: 63 examples do not divide into 2 micro-batches; use 62 or 64 examples.",
+        ),
+        (
+            {"global_batch": 24, "num_microbatches": 2},
+            "stages[0].groups[0].strategy.dp: micro-batches of 12 examples (24 in 2) do not divide over 8 devices; "
+            "make global_batch a multiple of 16, or use fewer micro-batches.",
+        ),
+        ({"global_batch": 0}, "global_batch 0 and num_microbatches 2: both must be at least 1."),
+    ],
+)
+def test_the_batch_must_divide(changes, message):
+    assert faults(samples.plan(**changes))[1:] == [message]
+
+
+def test_what_no_executor_runs_is_refused():
+    stages = (Stage(groups=samples.plan((0, 2, DATA)).stages[0].groups), samples.plan((2, 4, DATA)).stages[0])
+    assert faults(samples.plan(stages=stages))[1:] == [
+        "stages: 2 pipeline stages, but the executor 'local' runs one stage only."
+    ]
+    assert faults(samples.plan(executor="locl", schedule=Schedule.GPIPE))[1:] == [
+        "executor: no executor 'locl'. Did you mean 'local'?",
+        "schedule: 'gpipe' orders several stages, but the plan has one; use 'none'.",
+    ]
+    assert faults(samples.plan(stages=(Stage(groups=()),)))[1:] == [
+        "stages: layers 0 to 3 are in no group; the model has 4 layers.",
+        "stages[0]: holds no layers.",
+    ]
+
+
+def test_every_fault_is_named_at_once():
+    plan = samples.plan(
+        (0, 3, LayerStrategy(dp=("z",))), global_batch=65, executor="xla", mesh=(MeshAxis(name="a", size=6),)
+    )
+    places = [line.partition(":")[0] for line in faults(plan)[1:]]
+    assert places == [
+        "mesh",
+        "mesh[0].size",
+        "stages",
+        "stages[0].groups[0].strategy.dp",
+        "global_batch",
+        "executor",
+    ]
