@@ -1,0 +1,207 @@
+"""`CostModel`: seconds and bytes of the layers of one model on one mesh, and of the steps between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from galvatron_jax.cost.compute import Compute, compute_for, local_shape
+from galvatron_jax.cost.links import Links, links_for
+from galvatron_jax.cost.memory import LayerMemory, OptimizerMemory, layer_memory, update_traffic_bytes
+from galvatron_jax.cost.planner import Planner, PlanTable
+from galvatron_jax.cost.sizes import batch_spec, local_bytes, value_dims
+from galvatron_jax.cost.wiring import Held, LayerWiring, Wiring, wire
+from galvatron_jax.partition.layer_plan import BoundarySpec, Collective, LayerPlan
+from galvatron_jax.spec.cluster import ClusterSpec
+from galvatron_jax.spec.model import ModelSpec
+from galvatron_jax.spec.plan import MeshAxis
+from galvatron_jax.spec.profile import Profile
+from galvatron_jax.spec.strategy import LayerStrategy
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How a plan feeds its global batch."""
+
+    global_batch: int
+    num_microbatches: int
+    axes: tuple[str, ...]
+    """`Plan.batch_axes`."""
+
+    @property
+    def microbatch(self) -> int:
+        """Examples of one micro-batch, over all devices."""
+        return self.global_batch // self.num_microbatches
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer's share of a step."""
+
+    compute_s: float
+    """Per micro-batch."""
+    communication_s: float
+    """Per micro-batch, not hidden by computation."""
+    synchronisation_s: float
+    """Per step."""
+    update_s: float
+    memory: LayerMemory
+    estimated: bool
+    """Whether its computation time is scaled or derived, not measured."""
+
+    def step_s(self, num_microbatches: int) -> float:
+        """Seconds of a whole step."""
+        return num_microbatches * (self.compute_s + self.communication_s) + self.synchronisation_s + self.update_s
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Prices layers and transitions. One object serves the search and `price_plan`, so both say the same."""
+
+    model: ModelSpec
+    cluster: ClusterSpec
+    table: PlanTable
+    wiring: Wiring
+    compute: Compute
+    links: Links
+    optimizer: OptimizerMemory
+    overlap: float
+    update_bytes_per_s: float
+    provenance: str
+
+    @classmethod
+    def build(
+        cls,
+        model: ModelSpec,
+        *,
+        cluster: ClusterSpec,
+        mesh: tuple[MeshAxis, ...],
+        profile: Profile | None,
+        optimizer: OptimizerMemory,
+        planner: Planner,
+    ) -> CostModel:
+        """A cost model from measurements where `profile` has them, from the cluster's figures otherwise."""
+        bandwidth = profile.update_bytes_per_s if profile is not None else None
+        return cls(
+            model=model,
+            cluster=cluster,
+            table=PlanTable(model, mesh, planner),
+            wiring=wire(model),
+            compute=compute_for(profile, cluster=cluster, planner=planner, model=model),
+            links=links_for(profile, cluster=cluster, mesh=mesh),
+            optimizer=optimizer,
+            overlap=profile.overlap if profile is not None else 0.0,
+            update_bytes_per_s=bandwidth or cluster.device.memory_bandwidth_bytes_per_s,
+            provenance=str(profile.provenance) if profile is not None else "derived",
+        )
+
+    def plan(self, layer: int, strategy: LayerStrategy, batching: Batching) -> LayerPlan:
+        """The plan of a layer of the model."""
+        return self.table.plan(self.model.layers[layer].kind, strategy, microbatch=batching.microbatch)
+
+    def layer_cost(self, wiring: LayerWiring, strategy: LayerStrategy, batching: Batching) -> LayerCost:
+        """Cost of a layer with the given connections under a strategy, transitions to its neighbours excluded."""
+        kind = self.model.kinds[wiring.kind]
+        plan = self.table.plan(wiring.kind, strategy, microbatch=batching.microbatch)
+        shape = local_shape(strategy, mesh=self.table.sizes, microbatch=batching.microbatch)
+        compute = self.compute.layer(kind, plan, strategy=strategy, shape=shape)
+        exposed = self._exposed(plan.forward.collectives, compute.forward_s)
+        exposed += self._exposed(plan.backward.collectives, compute.backward_s)
+        owned = wiring.owned
+        mine = [parameter for parameter in plan.parameters if parameter.port in owned]
+        traffic = update_traffic_bytes(kind, plan, owned=owned, optimizer=self.optimizer)
+        return LayerCost(
+            compute_s=compute.forward_s + compute.backward_s,
+            communication_s=exposed + self._held_seconds(wiring, plan, batching),
+            synchronisation_s=sum(self.seconds(p.sync) + self.seconds(p.publish) for p in mine),
+            update_s=traffic / self.update_bytes_per_s,
+            memory=layer_memory(kind, plan, owned=owned, optimizer=self.optimizer),
+            estimated=compute.estimated,
+        )
+
+    def transition_seconds(
+        self, before: int, wiring: LayerWiring, source: LayerPlan, target: LayerPlan, *, microbatch: int
+    ) -> float:
+        """Seconds per micro-batch, both ways, to hand values from a layer of kind `before` to the next one."""
+        kind, total = self.model.kinds[before], 0.0
+        for hop in wiring.hops:
+            value = kind.outputs[hop.output].value
+            left, right = source.outputs[hop.output], target.inputs[hop.input]
+            if left is None or right is None or left == right:
+                continue
+            total += self._move_seconds(before, value, left, right, microbatch=microbatch, both_ways=hop.differentiable)
+        return total
+
+    def seconds(self, collectives: Iterable[Collective]) -> float:
+        """Collectives one after another."""
+        return sum(self.links.seconds(collective) for collective in collectives)
+
+    def batch_bytes(self, batching: Batching) -> int:
+        """Bytes of the whole global batch on one device."""
+        return self._sum_bytes(self.wiring.batch, batching.global_batch, batching.axes, side="inputs")
+
+    def held_bytes(self, batching: Batching) -> int:
+        """Bytes, for one micro-batch, of the values that are held in the plan-wide layout."""
+        return self._sum_bytes(self.wiring.held, batching.microbatch, batching.axes, side="outputs")
+
+    def state_bytes(self) -> int:
+        """Bytes of non-trained state, whole on every device."""
+        return self._sum_bytes(self.wiring.states, self.model.microbatch, (), side="inputs")
+
+    def _sum_bytes(
+        self, places: tuple[tuple[int, int], ...], examples: int, axes: tuple[str, ...], *, side: str
+    ) -> int:
+        total = 0
+        for layer, port in places:
+            kind = self.model.kinds[self.model.layers[layer].kind]
+            value = getattr(kind, side)[port].value
+            dims = value_dims(kind, value, microbatch=examples, model_microbatch=self.model.microbatch)
+            spec = batch_spec(kind, value, axes)
+            total += local_bytes(dims, kind.program.values[value].dtype, spec, self.table.sizes)
+        return total
+
+    def _exposed(self, collectives: tuple[Collective, ...], compute_s: float) -> float:
+        total = self.seconds(collectives)
+        return total - self.overlap * min(total, compute_s)
+
+    def _held_seconds(self, wiring: LayerWiring, plan: LayerPlan, batching: Batching) -> float:
+        """Conversions between the plan-wide layout and the layer's own."""
+        kind, total = self.model.kinds[wiring.kind], 0.0
+        for held in wiring.reads:
+            value, spec = kind.inputs[held.port].value, plan.inputs[held.port]
+            whole = self._whole(wiring.kind, value, held, batching)
+            total += self._held_move(wiring.kind, value, whole, spec, held, batching)
+        for held in wiring.writes:
+            value, spec = kind.outputs[held.port].value, plan.outputs[held.port]
+            whole = self._whole(wiring.kind, value, held, batching)
+            total += self._held_move(wiring.kind, value, spec, whole, held, batching)
+        return total
+
+    def _whole(self, kind: int, value: int, held: Held, batching: Batching) -> BoundarySpec:
+        return batch_spec(self.model.kinds[kind], value, batching.axes if held.batched else ())
+
+    def _held_move(
+        self,
+        kind: int,
+        value: int,
+        source: BoundarySpec | None,
+        target: BoundarySpec | None,
+        held: Held,
+        batching: Batching,
+    ) -> float:
+        if source is None or target is None or source == target:
+            return 0.0
+        return self._move_seconds(
+            kind, value, source, target, microbatch=batching.microbatch, both_ways=held.differentiable
+        )
+
+    def _move_seconds(
+        self, kind: int, value: int, source: BoundarySpec, target: BoundarySpec, *, microbatch: int, both_ways: bool
+    ) -> float:
+        layer_kind = self.model.kinds[kind]
+        dims = value_dims(layer_kind, value, microbatch=microbatch, model_microbatch=self.model.microbatch)
+        dtype = layer_kind.program.values[value].dtype
+        total = self.seconds(self.table.move(dims, dtype, source=source, target=target))
+        if both_ways:
+            total += self.seconds(self.table.move(dims, dtype, source=target, target=source))
+        return total

@@ -1,0 +1,67 @@
+"""Shapes and bytes of a layer's values at a given micro-batch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+from galvatron_jax.partition.layer_plan import BoundarySpec
+from galvatron_jax.spec.model import LayerKind
+
+_BITS = re.compile(r"(\d+)")
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element of a dtype by its JAX name; sub-byte types count a byte, random keys eight.
+
+    Example:
+        >>> itemsize("bfloat16"), itemsize("bool"), itemsize("float8_e4m3fn"), itemsize("key<fry>")
+        (2, 1, 1, 8)
+    """
+    if dtype.startswith("key<"):
+        return 8
+    bits = _BITS.search(dtype)
+    return max(1, int(bits[1]) // 8) if bits else 1
+
+
+def value_dims(kind: LayerKind, value: int, *, microbatch: int, model_microbatch: int) -> tuple[int, ...]:
+    """Global shape of a value of a layer kind when it runs on `microbatch` examples.
+
+    Args:
+        kind: the layer kind, traced at `model_microbatch` examples.
+        value: index into `kind.program.values`.
+        microbatch: examples of one micro-batch, over all devices.
+        model_microbatch: `ModelSpec.microbatch`.
+    """
+    factors = kind.program.factors
+    dims = []
+    for dim in kind.program.values[value].dims:
+        size = math.prod(factors[factor].size for factor in dim)
+        dims.append(size * microbatch // model_microbatch if kind.batch_factor in dim else size)
+    return tuple(dims)
+
+
+def batch_spec(kind: LayerKind, value: int, batch_axes: tuple[str, ...]) -> BoundarySpec:
+    """The plan-wide layout of a value: its batch dim over `batch_axes`, nothing else split."""
+    spec: list[tuple[str, ...]] = []
+    pending = batch_axes
+    for dim in kind.program.values[value].dims:
+        here = kind.batch_factor is not None and kind.batch_factor in dim
+        spec.append(pending if here else ())
+        pending = () if here else pending
+    return tuple(spec)
+
+
+def local_bytes(dims: tuple[int, ...], dtype: str, spec: BoundarySpec, mesh: Mapping[str, int]) -> int:
+    """Bytes that one device holds of an array laid out as `spec` says.
+
+    Example:
+        >>> local_bytes((8, 16), "float32", (("a",), ()), {"a": 2})
+        256
+    """
+    count = itemsize(dtype)
+    for index, size in enumerate(dims):
+        axes = spec[index] if index < len(spec) else ()
+        count *= -(-size // math.prod(mesh[axis] for axis in axes))
+    return count

@@ -1,0 +1,196 @@
+"""`price_plan`: seconds of a step and bytes per device of a whole one-stage plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from galvatron_jax.cost.memory import LayerMemory, OptimizerMemory, layer_memory
+from galvatron_jax.cost.model import Batching, CostModel, LayerCost
+from galvatron_jax.cost.planner import Planner, default_planner
+from galvatron_jax.errors import InputError, PlanMismatchError
+from galvatron_jax.partition.layer_plan import LayerPlan, ParameterPlan
+from galvatron_jax.spec.cluster import ClusterSpec
+from galvatron_jax.spec.model import ModelSpec
+from galvatron_jax.spec.plan import MemoryBreakdown, Plan, Prediction, TimeBreakdown
+from galvatron_jax.spec.profile import Profile
+from galvatron_jax.spec.strategy import LayerStrategy
+
+
+def price_plan(
+    model: ModelSpec,
+    plan: Plan,
+    *,
+    cluster: ClusterSpec,
+    profile: Profile | None = None,
+    optimizer: OptimizerMemory,
+    memory_bytes: int | None = None,
+    planner: Planner | None = None,
+) -> Prediction:
+    """What a plan, found or written by hand, is expected to cost. The search's own predictions are made here.
+
+    Args:
+        model: the model that the plan is for.
+        plan: a plan with one stage.
+        cluster: devices and links.
+        profile: measurements; None derives times from the cluster's figures.
+        optimizer: its state per parameter.
+        memory_bytes: budget to note in the prediction.
+        planner: for tests; the partitioner otherwise.
+
+    Raises:
+        InputError: when the plan has several stages or its batch does not divide.
+        PlanMismatchError: when it does not fit the model, or layers disagree on a tied parameter.
+    """
+    batching = check_plan(model, plan)
+    costs = CostModel.build(
+        model,
+        cluster=cluster,
+        mesh=plan.mesh,
+        profile=profile,
+        optimizer=optimizer,
+        planner=planner or default_planner(),
+    )
+    return predict(costs, plan.strategies, batching, memory_bytes=memory_bytes)
+
+
+def check_plan(model: ModelSpec, plan: Plan) -> Batching:
+    """The plan's batching, once it is known to fit the model.
+
+    Raises:
+        InputError: see `price_plan`.
+        PlanMismatchError: likewise.
+    """
+    if len(plan.stages) != 1:
+        raise InputError(f"The plan has {len(plan.stages)} stages; only plans with one stage can be priced.")
+    if len(plan.strategies) != len(model.layers):
+        raise PlanMismatchError(
+            f"The plan is for {len(plan.strategies)} layers, but {model.name!r} has {len(model.layers)} "
+            "(embedding and head included)."
+        )
+    sizes = {axis.name: axis.size for axis in plan.mesh}
+    microbatch, rest = divmod(plan.global_batch, plan.num_microbatches)
+    if rest:
+        raise InputError(
+            f"A global batch of {plan.global_batch} cannot be cut into {plan.num_microbatches} equal micro-batches."
+        )
+    for layer, axes in [("batch_axes", plan.batch_axes)] + [(s.short(), s.dp) for s in plan.strategies]:
+        unknown = set(axes) - set(sizes)
+        if unknown:
+            raise PlanMismatchError(f"{layer} names mesh axes {sorted(unknown)}; the mesh has {sorted(sizes)}.")
+        ways = math.prod(sizes[axis] for axis in axes)
+        if microbatch % ways:
+            raise InputError(
+                f"{layer} splits the batch {ways} ways, but a micro-batch has {microbatch} examples "
+                f"({plan.global_batch} in {plan.num_microbatches}). Use fewer micro-batches or a larger batch."
+            )
+    return Batching(plan.global_batch, plan.num_microbatches, plan.batch_axes)
+
+
+def predict(
+    costs: CostModel, strategies: Sequence[LayerStrategy], batching: Batching, *, memory_bytes: int | None
+) -> Prediction:
+    """Time and memory of one strategy per layer.
+
+    Raises:
+        PlanMismatchError: when layers that share a parameter would store it differently.
+    """
+    plans = [costs.plan(index, strategy, batching) for index, strategy in enumerate(strategies)]
+    check_ties(costs, plans, strategies)
+    layers = [
+        costs.layer_cost(wiring, strategy, batching)
+        for wiring, strategy in zip(costs.wiring.layers, strategies, strict=True)
+    ]
+    moves = sum(
+        costs.transition_seconds(
+            costs.wiring.layers[index - 1].kind,
+            costs.wiring.layers[index],
+            plans[index - 1],
+            plans[index],
+            microbatch=batching.microbatch,
+        )
+        for index in range(1, len(plans))
+    )
+    return Prediction(
+        time=_time(layers, moves, batching.num_microbatches),
+        memory=(_memory(costs, [layer.memory for layer in layers], batching),),
+        memory_budget_bytes=memory_bytes,
+        provenance=costs.provenance,
+    )
+
+
+def tie_signature(parameter: ParameterPlan) -> tuple:
+    """What all layers that use a tied parameter must agree on: it is stored, updated and synchronised once."""
+    return (
+        parameter.storage,
+        parameter.optimizer,
+        parameter.accumulator_bytes,
+        parameter.sync,
+        parameter.publish,
+    )
+
+
+def signatures(plan: LayerPlan, tied: tuple[tuple[str, int], ...]) -> dict[str, tuple]:
+    """Signature per tied parameter that a layer with this plan uses."""
+    by_port = {parameter.port: parameter for parameter in plan.parameters}
+    return {name: tie_signature(by_port[port]) for name, port in tied if port in by_port}
+
+
+def check_ties(costs: CostModel, plans: Sequence[LayerPlan], strategies: Sequence[LayerStrategy]) -> None:
+    """Refuses plans whose layers disagree on a tied parameter."""
+    owners: dict[str, tuple[int, tuple]] = {}
+    for index, (wiring, plan) in enumerate(zip(costs.wiring.layers, plans, strict=True)):
+        for name, signature in signatures(plan, wiring.tied).items():
+            owner, expected = owners.setdefault(name, (index, signature))
+            if signature != expected:
+                first, second = costs.model.layers[owner].name, costs.model.layers[index].name
+                raise PlanMismatchError(
+                    f"{first!r} ({strategies[owner].short()}) and {second!r} ({strategies[index].short()}) share "
+                    f"{name.removeprefix('param:')!r} but would lay it out differently. Give both one strategy."
+                )
+
+
+def _time(layers: Sequence[LayerCost], moves_s: float, num_microbatches: int) -> TimeBreakdown:
+    compute = num_microbatches * sum(layer.compute_s for layer in layers)
+    communication = num_microbatches * (sum(layer.communication_s for layer in layers) + moves_s)
+    synchronisation = sum(layer.synchronisation_s for layer in layers)
+    update = sum(layer.update_s for layer in layers)
+    return TimeBreakdown(
+        step_s=compute + communication + synchronisation + update,
+        compute_s=compute,
+        communication_s=communication,
+        synchronisation_s=synchronisation,
+        update_s=update,
+    )
+
+
+def plan_memory(costs: CostModel, strategies: Sequence[LayerStrategy], batching: Batching) -> MemoryBreakdown:
+    """Memory alone of one strategy per layer."""
+    layers = [
+        layer_memory(
+            costs.model.kinds[wiring.kind],
+            costs.table.plan(wiring.kind, strategy, microbatch=batching.microbatch),
+            owned=wiring.owned,
+            optimizer=costs.optimizer,
+        )
+        for wiring, strategy in zip(costs.wiring.layers, strategies, strict=True)
+    ]
+    return _memory(costs, layers, batching)
+
+
+def _memory(costs: CostModel, layers: Sequence[LayerMemory], batching: Batching) -> MemoryBreakdown:
+    parts = {
+        "parameter_bytes": sum(layer.parameter_bytes for layer in layers) + costs.state_bytes(),
+        "optimizer_bytes": sum(layer.optimizer_bytes for layer in layers) + costs.optimizer.scalar_bytes,
+        "gradient_bytes": sum(layer.gradient_bytes for layer in layers),
+        "residual_bytes": sum(layer.residual_bytes for layer in layers) + costs.held_bytes(batching),
+        "workspace_bytes": max(layer.workspace_bytes for layer in layers),
+        "batch_bytes": costs.batch_bytes(batching),
+    }
+    return MemoryBreakdown(total_bytes=sum(parts.values()), **parts)
+
+
+def fixed_bytes(costs: CostModel, batching: Batching) -> int:
+    """Bytes that no layer's strategy changes: batch, held values, state, the optimizer's scalars."""
+    fixed = costs.batch_bytes(batching) + costs.held_bytes(batching) + costs.state_bytes()
+    return fixed + costs.optimizer.scalar_bytes

@@ -1,0 +1,59 @@
+"""From a solution to a `Plan`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from galvatron_jax.cost.step import predict
+from galvatron_jax.search.chain import Chain, Solution, evaluate
+from galvatron_jax.search.problems import Best
+from galvatron_jax.spec.plan import LayerGroup, Plan, Stage
+from galvatron_jax.spec.strategy import LayerStrategy
+
+
+def make_plan(best: Best, *, memory_bytes: int | None) -> Plan:
+    """The plan of a solution, with its prediction."""
+    problem = best.problem
+    strategies = problem.strategies(tidy(problem.chain, best.solution))
+    costs, batching = problem.costs, problem.batching
+    return Plan(
+        model=costs.model.name,
+        model_fingerprint=costs.model.fingerprint,
+        mesh=costs.table.mesh,
+        global_batch=batching.global_batch,
+        num_microbatches=batching.num_microbatches,
+        stages=(Stage(groups=group(strategies)),),
+        batch_axes=batching.axes,
+        prediction=predict(costs, strategies, batching, memory_bytes=memory_bytes),
+    )
+
+
+def group(strategies: Sequence[LayerStrategy]) -> tuple[LayerGroup, ...]:
+    """Consecutive layers with one strategy, as groups."""
+    groups, start = [], 0
+    for strategy, run in itertools.groupby(strategies):
+        stop = start + len(list(run))
+        groups.append(LayerGroup(start=start, stop=stop, strategy=strategy))
+        start = stop
+    return tuple(groups)
+
+
+def tidy(chain: Chain, solution: Solution) -> Solution:
+    """Reorders choices within runs of like layers, where that costs nothing: fewer groups compile faster."""
+    options, start = list(solution.options), 0
+    for _, run in itertools.groupby(chain.layers, key=id):
+        stop = start + len(list(run))
+        trial = [*options[:start], *sorted(options[start:stop]), *options[stop:]]
+        if evaluate(chain, tuple(trial)).seconds <= solution.seconds * (1 + 1e-12):
+            options = trial
+        else:
+            options[start:stop] = _tidy_classes(chain, options[start:stop], start)
+        start = stop
+    return evaluate(chain, tuple(options))
+
+
+def _tidy_classes(chain: Chain, options: list[int], start: int) -> list[int]:
+    """Sorts stretches of one boundary class: no move changes."""
+    boundary = chain.layers[start].boundary
+    return [option for _, run in itertools.groupby(options, key=lambda o: int(boundary[o])) for option in sorted(run)]

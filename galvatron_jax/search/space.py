@@ -1,0 +1,197 @@
+"""What the search tries: meshes, micro-batches, strategies per layer kind, and the named rules that prune them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import string
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from galvatron_jax.cost.links import INTER, INTRA
+from galvatron_jax.errors import InputError
+from galvatron_jax.spec.cluster import ClusterSpec
+from galvatron_jax.spec.mesh import prime_factors
+from galvatron_jax.spec.model import LayerKind, PortRole
+from galvatron_jax.spec.plan import MeshAxis
+from galvatron_jax.spec.program import FactorRole
+from galvatron_jax.spec.strategy import LayerStrategy, Remat, SequenceParallel
+
+
+class Rule(StrEnum):
+    """Pruning rules. Each can be switched off; what it removes is counted."""
+
+    TP_WITHOUT_HIDDEN = "tp-without-hidden"
+    """The tp degree does not divide the layer's hidden dims, so part of the work would be repeated."""
+    SP_WITHOUT_SEQUENCE = "sp-without-sequence"
+    """The sp degree does not divide the layer's sequence."""
+    ZERO_WITHOUT_PARAMETERS = "zero-without-parameters"
+    """The layer has no parameters, so every ZeRO stage is the same."""
+    ZERO1_IN_ONE_MICROBATCH = "zero1-in-one-microbatch"
+    """With one micro-batch, ZeRO 1 communicates as much as ZeRO 2 and holds whole gradients besides."""
+    DOMINATED = "dominated"
+    """Another strategy with the same layouts at its boundary is no slower and needs no more memory."""
+    TP_ACROSS_NODES = "tp-across-nodes"
+    """Heuristic: tensor and sequence parallelism stay within a node."""
+    ULYSSES_WITH_TP = "ulysses-with-tp"
+    """Heuristic: one layer uses Ulysses or tensor parallelism, not both."""
+
+
+HEURISTICS = frozenset({Rule.TP_ACROSS_NODES, Rule.ULYSSES_WITH_TP})
+"""Rules that may lose the optimum; all others are lossless."""
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Which plans count.
+
+    A strategy uses every mesh axis: `dp` takes a prefix of the mesh order (slowest links first), `tp` a suffix
+    (fastest links), Ulysses' `sp` what lies between. On `{"a": 2, "b": 2, "c": 2}` plain dp and tp alone give
+    `dp[a,b,c]`, `dp[a,b]·tp[c]`, `dp[a]·tp[b,c]` and `tp[a,b,c]`.
+    """
+
+    tp: bool = True
+    """Whether tensor parallelism is allowed."""
+    sequence: tuple[SequenceParallel, ...] = (SequenceParallel.MEGATRON, SequenceParallel.ULYSSES)
+    """Kinds of sequence parallelism that are allowed."""
+    zero: tuple[int, ...] = (0, 1, 2, 3)
+    remat: tuple[Remat, ...] = (Remat.NONE, Remat.ATTENTION, Remat.DOTS, Remat.FULL)
+    num_microbatches: tuple[int, ...] | None = None
+    """None tries every divisor of the global batch."""
+    disabled_rules: frozenset[Rule] = frozenset()
+    """Rules not to apply."""
+
+    def applies(self, rule: Rule) -> bool:
+        """Whether a pruning rule is on."""
+        return rule not in self.disabled_rules
+
+    def microbatch_counts(self, global_batch: int) -> tuple[int, ...]:
+        """Numbers of micro-batches to try, ascending.
+
+        Raises:
+            InputError: when a number that was asked for does not divide the batch, or the batch is not positive.
+        """
+        if global_batch < 1:
+            raise InputError(f"The global batch is {global_batch}; it must be at least 1.")
+        if self.num_microbatches is None:
+            return tuple(count for count in range(1, global_batch + 1) if global_batch % count == 0)
+        wrong = [count for count in self.num_microbatches if count < 1 or global_batch % count]
+        if wrong:
+            raise InputError(f"A global batch of {global_batch} cannot be cut into {wrong} equal micro-batches.")
+        return tuple(sorted(set(self.num_microbatches)))
+
+    def strategies(
+        self, kind: LayerKind, *, mesh: tuple[MeshAxis, ...], microbatch: int, accumulates: bool, pruned: Counter[str]
+    ) -> tuple[LayerStrategy, ...]:
+        """Strategies of one layer kind, the plainest first.
+
+        Args:
+            kind: the layer kind.
+            mesh: axes, slowest first.
+            microbatch: examples of one micro-batch over all devices; dp must divide it.
+            accumulates: whether there is more than one micro-batch.
+            pruned: counts what each rule removes.
+        """
+        divided = [axes for axes in self._splits(mesh) if microbatch % _degree(axes[0], mesh) == 0]
+        kept = [axes for axes in divided if self._admits(axes, kind, mesh, pruned)]
+        if not kept:
+            kept = [_idle(mesh, microbatch)]
+        return tuple(
+            LayerStrategy(dp=dp, tp=tp, sp=sp, sp_kind=sp_kind, zero=zero, remat=remat)
+            for remat in self.remat
+            for zero in self.zero
+            for dp, tp, sp, sp_kind in kept
+            if self._admits_zero(zero, dp + (sp if sp_kind is SequenceParallel.ULYSSES else ()))
+            and self._worth_zero(zero, kind, accumulates=accumulates, pruned=pruned)
+        )
+
+    def _splits(self, mesh: tuple[MeshAxis, ...]) -> Iterator[_Axes]:
+        names = tuple(axis.name for axis in mesh)
+        none, megatron, ulysses = SequenceParallel.NONE, SequenceParallel.MEGATRON, SequenceParallel.ULYSSES
+        for stop in range(len(names), -1, -1):
+            dp, rest = names[:stop], names[stop:]
+            if not rest:
+                yield dp, (), (), none
+                continue
+            if self.tp:
+                yield dp, rest, (), none
+            if self.tp and megatron in self.sequence:
+                yield dp, rest, rest, megatron
+            if ulysses in self.sequence:
+                for cut in range(len(rest), 0, -1):
+                    if cut == len(rest) or self.tp:
+                        yield dp, rest[cut:], rest[:cut], ulysses
+
+    def _admits(self, axes: _Axes, kind: LayerKind, mesh: tuple[MeshAxis, ...], pruned: Counter[str]) -> bool:
+        """The decision tree: the first rule that fires removes the split."""
+        _, tp, sp, sp_kind = axes
+        inter = {axis.name for axis in mesh if axis.level == INTER}
+        fires = {
+            Rule.TP_WITHOUT_HIDDEN: tp and _extent(kind, FactorRole.HIDDEN) % _degree(tp, mesh),
+            Rule.SP_WITHOUT_SEQUENCE: sp and _extent(kind, FactorRole.SEQUENCE) % _degree(sp, mesh),
+            Rule.TP_ACROSS_NODES: inter & (set(tp) | set(sp)),
+            Rule.ULYSSES_WITH_TP: tp and sp_kind is SequenceParallel.ULYSSES,
+        }
+        for rule, fired in fires.items():
+            if fired and self.applies(rule):
+                pruned[rule] += 1
+                return False
+        return True
+
+    def _admits_zero(self, zero: int, replicas: tuple[str, ...]) -> bool:
+        """ZeRO needs replicas to shard over; where there are none, the lowest allowed stage stands for all."""
+        return bool(replicas) or zero == min(self.zero)
+
+    def _worth_zero(self, zero: int, kind: LayerKind, *, accumulates: bool, pruned: Counter[str]) -> bool:
+        trained = any(port.role is PortRole.PARAMETER for port in kind.inputs)
+        if zero != min(self.zero) and not trained and self.applies(Rule.ZERO_WITHOUT_PARAMETERS):
+            pruned[Rule.ZERO_WITHOUT_PARAMETERS] += 1
+            return False
+        if zero == 1 and 2 in self.zero and not accumulates and self.applies(Rule.ZERO1_IN_ONE_MICROBATCH):
+            pruned[Rule.ZERO1_IN_ONE_MICROBATCH] += 1
+            return False
+        return True
+
+
+_Axes = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], SequenceParallel]
+"""dp, tp and sp axes, and the kind of sp."""
+
+
+def meshes_for(cluster: ClusterSpec) -> tuple[tuple[MeshAxis, ...], ...]:
+    """Meshes of prime axes over all devices of a cluster: axes across nodes first, in every order of unlike primes."""
+    orders = itertools.product(_orders(cluster.num_nodes), _orders(cluster.devices_per_node))
+    return tuple(
+        _mesh([(size, INTER) for size in nodes] + [(size, INTRA) for size in local]) for nodes, local in orders
+    )
+
+
+def batch_axes_for(mesh: tuple[MeshAxis, ...], microbatch: int) -> tuple[tuple[str, ...], ...]:
+    """Plan-wide layouts of the batch: prefixes of the mesh that divide the micro-batch, the longest first."""
+    prefixes = [tuple(axis.name for axis in mesh[:stop]) for stop in range(len(mesh), -1, -1)]
+    return tuple(axes for axes in prefixes if microbatch % _degree(axes, mesh) == 0)
+
+
+def _orders(number: int) -> list[tuple[int, ...]]:
+    return sorted(set(itertools.permutations(prime_factors(number))), reverse=True)
+
+
+def _mesh(axes: list[tuple[int, str]]) -> tuple[MeshAxis, ...]:
+    letters = string.ascii_lowercase
+    return tuple(MeshAxis(name=letters[index], size=size, level=level) for index, (size, level) in enumerate(axes))
+
+
+def _degree(axes: Iterable[str], mesh: tuple[MeshAxis, ...]) -> int:
+    chosen = set(axes)
+    return math.prod(axis.size for axis in mesh if axis.name in chosen)
+
+
+def _extent(kind: LayerKind, role: FactorRole) -> int:
+    """Product of the kind's factors of a role: no degree that does not divide it can be used up."""
+    return math.prod(factor.size for factor in kind.program.factors if factor.role is role)
+
+
+def _idle(mesh: tuple[MeshAxis, ...], microbatch: int) -> _Axes:
+    """For a layer that nothing else fits: as much dp as divides, the remaining axes repeat the work."""
+    return batch_axes_for(mesh, microbatch)[0], (), (), SequenceParallel.NONE
