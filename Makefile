@@ -41,6 +41,7 @@ format: $(VENV)/.installed-dev ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed-dev ## build the documentation into docs/_build/html
+	rm -rf docs/reference/modules
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
 
 bench: $(VENV)/.installed ## every benchmark at its default size, claims checked

@@ -5,7 +5,7 @@ import re
 import galvatron_jax
 
 project = "galvatron_jax"
-author = "The galvatron_jax authors"
+author = copyright = "The galvatron_jax authors"
 release = version = galvatron_jax.__version__
 
 extensions = [
@@ -50,11 +50,15 @@ default_role = "code"
 _CODE = re.compile(r"(?<![`:\w])`((?:[^`\n]|\n(?!\s*\n))+)`(?!`)(?=(\w?))")
 
 
-def _read_backticks_as_code(app, what, name, obj, options, lines):
-    """Writes `x` as reStructuredText's code, also over two lines and before a letter as in `x`s."""
+def _read_docstring(app, what, name, obj, options, lines):
+    """Prepares a docstring for reStructuredText and Napoleon.
+
+    Writes `x` as code, also over two lines and before a letter as in `x`s. A field's text starts with an empty comment,
+    or Napoleon takes what precedes its first colon for a type.
+    """
     text = _CODE.sub(lambda match: f"``{match[1]}``" + ("\\ " if match[2] else ""), "\n".join(lines))
-    lines[:] = text.split("\n")
+    lines[:] = [*(["..", ""] if what in ("attribute", "data", "property") else []), *text.split("\n")]
 
 
 def setup(app):
-    app.connect("autodoc-process-docstring", _read_backticks_as_code)
+    app.connect("autodoc-process-docstring", _read_docstring, priority=100)
