@@ -12,7 +12,7 @@ EXTRAS := $(if $(shell command -v nvidia-smi 2>/dev/null),[cuda])
 PYTEST := $(BIN)/python -m pytest -n 2
 PYTEST_ARGS ?=
 
-.PHONY: help quickstart test test-all test-gpu check format docs bench clean
+.PHONY: help quickstart test test-all test-gpu check lint types imports format docs bench clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -29,12 +29,17 @@ test-all: $(VENV)/.installed-test ## the whole suite on virtual devices
 test-gpu: $(VENV)/.installed-test ## what needs a GPU
 	GALVATRON_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
-check: $(VENV)/.installed-dev ## lint, format, types, import order, docs
+check: lint types imports docs ## lint, format, types, import order, docs (`make -k check` reports all faults)
+
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
-	$(BIN)/lint-imports
-	$(MAKE) docs
+
+imports: $(VENV)/.installed-dev
+	$(BIN)/lint-imports --no-logo
 
 format: $(VENV)/.installed-dev ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
