@@ -53,6 +53,8 @@ def live_cluster(
         device = measure_device(bench)
         timings = [measure_collective(bench, point) for point in points]
     nodes = num_nodes(list(mesh.devices.flat))
+    # Larger groups across nodes also use the links inside them, and say nothing of the network alone.
+    inter = fit_link([t for t in timings if t.axis_size <= nodes], level="inter")
     intra = fit_link(timings, level="intra")
     if intra is None:
         intra = Link(name="none", latency_s=0.0, bandwidth_bytes_per_s=device.memory_bandwidth_bytes_per_s)
@@ -62,7 +64,7 @@ def live_cluster(
         devices_per_node=mesh.size // nodes,
         device=device,
         intra=intra,
-        inter=fit_link(timings, level="inter"),
+        inter=inter,
         source=(
             f"Measured on all {mesh.size} live devices at once with JAX {jax.__version__}: matrix products, an array "
             "scaled in memory, and a ring model fitted to all-reduces in float32."
@@ -86,9 +88,9 @@ def measure_device(bench: Bench) -> DeviceSpec:
 def fit_link(timings: Sequence[CollectiveTiming], *, level: str) -> Link | None:
     """Latency and bandwidth of the links of a level, from its all-reduces.
 
-    A ring all-reduce of B bytes over n devices takes 2 (n - 1) steps, each with the link's latency, and moves
-    2 (n - 1) / n B bytes per device (Patarasuk & Yuan, 2009). Relative errors are minimised, neither figure can
-    be negative.
+    A ring all-reduce of B bytes over n devices takes 2 (n - 1) steps, each with the link's latency, one latency
+    more to start, and moves 2 (n - 1) / n B bytes per device (Patarasuk & Yuan, 2009): the cost model's formula.
+    Relative errors are minimised, neither figure can be negative.
 
     Returns:
         None when no group of that level was timed.
@@ -97,7 +99,7 @@ def fit_link(timings: Sequence[CollectiveTiming], *, level: str) -> Link | None:
     if not chosen:
         return None
     seconds = np.array([t.timing.median_s for t in chosen])
-    steps = np.array([2.0 * (t.axis_size - 1) for t in chosen])
+    steps = np.array([1.0 + 2.0 * (t.axis_size - 1) for t in chosen])
     moved = np.array([2.0 * (t.axis_size - 1) / t.axis_size * t.bytes for t in chosen])
     scale = np.array([steps.max(), moved.max()])
     (latency, per_byte), _ = nnls(np.stack([steps, moved], axis=1) / scale / seconds[:, None], np.ones(len(chosen)))

@@ -14,6 +14,9 @@ from galvatron_jax.profiler.everywhere import LocalFunction
 from galvatron_jax.spec.profile import CollectiveKind, CollectiveTiming
 from galvatron_jax.units import KIB, MIB, format_bytes
 
+STEP_KINDS = tuple(kind for kind in CollectiveKind if kind is not CollectiveKind.PERMUTE)
+"""What a training step without pipeline stages uses."""
+
 CollectivePoint = tuple[CollectiveKind, AxisGroup, int]
 """What to measure: operation, group, payload in bytes as `CollectiveTiming.bytes` counts it."""
 
@@ -27,9 +30,9 @@ def collective_points(
     groups: Sequence[AxisGroup],
     sizes: Sequence[int],
     *,
-    kinds: Sequence[CollectiveKind] = tuple(CollectiveKind),
+    kinds: Sequence[CollectiveKind] = STEP_KINDS,
 ) -> Iterator[CollectivePoint]:
-    """Every kind over every group at every size; sizes are rounded up to what the group can share out."""
+    """The kinds over every group at every size; sizes are rounded up to what the group can share out."""
     for group in groups:
         for kind in kinds:
             for size in sizes:
@@ -41,14 +44,14 @@ def measure_collectives(
     bench: Bench,
     *,
     sizes: Sequence[int] | None = None,
-    kinds: Sequence[CollectiveKind] = tuple(CollectiveKind),
+    kinds: Sequence[CollectiveKind] = STEP_KINDS,
 ) -> tuple[CollectiveTiming, ...]:
     """Times collectives in float32, all groups of a size at once, as a training step runs them.
 
     Args:
         bench: Where to measure.
         sizes: Payloads in bytes; the platform's by default.
-        kinds: Operations; all by default.
+        kinds: Operations; those of a step without pipeline stages by default.
     """
     sizes = message_sizes(bench.mesh.devices.flat[0].platform) if sizes is None else sizes
     return tuple(
