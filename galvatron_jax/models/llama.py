@@ -183,8 +183,8 @@ def _preset(num_layers: int, width: int, heads: int, kv_heads: int, mlp_width: i
 
 _LLAMA3: dict[str, Any] = {"vocab_size": 128256, "seq_length": 8192, "rope_theta": 500_000.0}
 
-# Published sizes: Llama 2 (Touvron et al., 2023, table 1), Llama 3 (Llama team, 2024, table 3), TinyLlama (Zhang et al.,
-# 2024), with the released checkpoints' widths.
+# Published sizes: Llama 2 (Touvron et al., 2023, table 1), Llama 3 (Llama team, 2024, table 3) and TinyLlama (Zhang et
+# al., 2024), with the released checkpoints' widths.
 PRESETS = {
     "tiny": _preset(4, 64, 8, 2, 128, vocab_size=128, seq_length=32),
     "tinyllama-1b": _preset(22, 2048, 32, 4, 5632, seq_length=2048),  # 1.10 B

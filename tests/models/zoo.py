@@ -7,7 +7,7 @@ import functools
 from types import ModuleType
 from typing import Any
 
-from galvatron_jax.models import gpt2, llama
+from galvatron_jax.models import bert, gpt2, llama, moe, swin, t5, vit
 
 from .case import ModelCase
 
@@ -28,4 +28,12 @@ CASES = [
     _case("gpt2_tied_dropout", gpt2, gpt2.GPT2, dropout=0.1),
     _case("llama", llama, llama.Llama, num_kv_heads=8),
     _case("llama_tp_over_kv", llama, llama.Llama, num_kv_heads=2),
+    _case("bert", bert, bert.Bert),
+    _case("bert_dropout", bert, bert.Bert, dropout=0.1),
+    _case("vit", vit, vit.ViT),
+    _case("vit_mean", vit, vit.ViT, pooling="mean"),
+    _case("swin", swin, swin.Swin),
+    _case("t5", t5, t5.T5),
+    _case("t5_gated_untied", t5, t5.T5, gated=True, tie_embeddings=False),
+    _case("moe", moe, moe.MoE),
 ]
