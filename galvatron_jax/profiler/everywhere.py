@@ -134,7 +134,7 @@ def _random_values(dtype: np.dtype, size: int, seed: int) -> np.ndarray:
     return generator.integers(0, 2, size).astype(dtype)
 
 
-def _is_key(dtype: object) -> bool:
+def _is_key(dtype: np.dtype) -> bool:
     return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 

@@ -34,8 +34,6 @@ class Sampling:
 
 
 DEFAULT_SAMPLING = Sampling()
-# Work that lasts this many windows needs no second repetition to stand out from what a call costs besides.
-_LONG = 5
 
 
 def sample(run: Callable[[int], object], *, sampling: Sampling = DEFAULT_SAMPLING) -> Timing:
@@ -68,7 +66,7 @@ def sample(run: Callable[[int], object], *, sampling: Sampling = DEFAULT_SAMPLIN
 def _choose_count(run: Callable[[int], object], sampling: Sampling) -> int:
     """Repetitions that fill the window; the second estimate sees through the dispatch that inflates the first."""
     once = float(agree(_clock(run, 1)))
-    if once > _LONG * sampling.window_s:
+    if once > sampling.window_s:
         return 1
     count = 2
     for _ in range(2):
