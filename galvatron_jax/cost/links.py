@@ -141,7 +141,9 @@ class ProfiledLinks:
     profile: Profile
     cluster: ClusterSpec
     mesh: tuple[MeshAxis, ...]
-    _tables: dict = field(init=False, repr=False, compare=False, default_factory=dict)
+    _tables: dict[tuple[CollectiveKind, int, str], tuple[np.ndarray, np.ndarray]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         groups: dict[tuple[CollectiveKind, int, str], list[CollectiveTiming]] = defaultdict(list)

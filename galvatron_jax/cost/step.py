@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from galvatron_jax.cost.memory import LayerMemory, OptimizerMemory, layer_memory
@@ -13,6 +12,7 @@ from galvatron_jax.partition.layer_plan import LayerPlan, ParameterPlan
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import MemoryBreakdown, Plan, Prediction, TimeBreakdown
+from galvatron_jax.spec.plan_checks import check_plan
 from galvatron_jax.spec.profile import Profile
 from galvatron_jax.spec.strategy import LayerStrategy
 
@@ -39,10 +39,13 @@ def price_plan(
         planner: for tests; the partitioner otherwise.
 
     Raises:
-        InputError: when the plan has several stages or its batch does not divide.
-        PlanMismatchError: when it does not fit the model, or layers disagree on a tied parameter.
+        InputError: when the plan has several stages.
+        PlanMismatchError: when it does not fit the model or its batch, or layers disagree on a tied parameter.
     """
-    batching = check_plan(model, plan)
+    check_plan(plan, model, plan.num_devices)
+    if len(plan.stages) != 1:
+        raise InputError(f"The plan has {len(plan.stages)} stages; only plans with one stage can be priced.")
+    batching = Batching(plan.global_batch, plan.num_microbatches, plan.batch_axes)
     costs = CostModel.build(
         model,
         cluster=cluster,
@@ -52,39 +55,6 @@ def price_plan(
         planner=planner or default_planner(),
     )
     return predict(costs, plan.strategies, batching, memory_bytes=memory_bytes)
-
-
-def check_plan(model: ModelSpec, plan: Plan) -> Batching:
-    """The plan's batching, once it is known to fit the model.
-
-    Raises:
-        InputError: see `price_plan`.
-        PlanMismatchError: likewise.
-    """
-    if len(plan.stages) != 1:
-        raise InputError(f"The plan has {len(plan.stages)} stages; only plans with one stage can be priced.")
-    if len(plan.strategies) != len(model.layers):
-        raise PlanMismatchError(
-            f"The plan is for {len(plan.strategies)} layers, but {model.name!r} has {len(model.layers)} "
-            "(embedding and head included)."
-        )
-    sizes = {axis.name: axis.size for axis in plan.mesh}
-    microbatch, rest = divmod(plan.global_batch, plan.num_microbatches)
-    if rest:
-        raise InputError(
-            f"A global batch of {plan.global_batch} cannot be cut into {plan.num_microbatches} equal micro-batches."
-        )
-    for layer, axes in [("batch_axes", plan.batch_axes)] + [(s.short(), s.dp) for s in plan.strategies]:
-        unknown = set(axes) - set(sizes)
-        if unknown:
-            raise PlanMismatchError(f"{layer} names mesh axes {sorted(unknown)}; the mesh has {sorted(sizes)}.")
-        ways = math.prod(sizes[axis] for axis in axes)
-        if microbatch % ways:
-            raise InputError(
-                f"{layer} splits the batch {ways} ways, but a micro-batch has {microbatch} examples "
-                f"({plan.global_batch} in {plan.num_microbatches}). Use fewer micro-batches or a larger batch."
-            )
-    return Batching(plan.global_batch, plan.num_microbatches, plan.batch_axes)
 
 
 def predict(

@@ -97,7 +97,7 @@ def _statistics(effort: Effort, problems: list[Problem], seconds: float) -> Sear
         options=effort.priced,
         estimated_options=effort.estimated,
         labels=effort.labels,
-        pruned=tuple(sorted(effort.pruned.items())),
+        pruned=tuple(sorted((str(rule), count) for rule, count in effort.pruned.items())),
         proven=effort.proven,
         unlimited_s=problems[0].bound_s,
     )

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.step import fixed_bytes
 from galvatron_jax.search.chain import Chain, Solution
@@ -42,8 +44,8 @@ class Problem:
         layers = {}
         for layer in self.chain.layers:
             if id(layer) not in layers:
-                mask = [allowed(strategy) for strategy in layer.strategies]
-                layers[id(layer)] = layer.keep(mask) if any(mask) else layer
+                mask = np.array([allowed(strategy) for strategy in layer.strategies])
+                layers[id(layer)] = layer.keep(mask) if mask.any() else layer
         chain = Chain(tuple(layers[id(layer)] for layer in self.chain.layers), self.chain.moves)
         return Problem(self.costs, self.batching, chain, self.fixed_bytes, fastest_seconds(chain))
 

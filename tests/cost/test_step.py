@@ -1,0 +1,96 @@
+"""Memory and time of whole plans."""
+
+import pytest
+
+from galvatron_jax.cost import OptimizerMemory, price_plan
+from galvatron_jax.cost.memory import SAME
+from galvatron_jax.cost.sizes import batch_spec, local_bytes, value_dims
+from galvatron_jax.cost.wiring import Hop, wire
+from galvatron_jax.errors import InputError, PlanMismatchError
+from galvatron_jax.spec.plan import LayerGroup, MeshAxis, Plan, Stage
+from galvatron_jax.spec.strategy import LayerStrategy
+from tests.search.fake import FakePlanner, cluster, toy_model
+
+ADAM = OptimizerMemory(("float32", "float32"), 4)
+WEIGHT = 4 * 64 * 64
+DATA = LayerStrategy(dp=("a", "b"))
+
+
+def plan(*groups: tuple[int, int, LayerStrategy], **changes: object) -> Plan:
+    fields = {
+        "model": "toy",
+        "mesh": (MeshAxis(name="a", size=2), MeshAxis(name="b", size=2)),
+        "global_batch": 8,
+        "stages": (Stage(groups=tuple(LayerGroup(start=a, stop=b, strategy=s) for a, b, s in groups)),),
+        "batch_axes": ("a", "b"),
+    }
+    return Plan(**(fields | changes))
+
+
+def price(found: Plan, *, tied: bool = False, skip: bool = False, optimizer: OptimizerMemory = ADAM):
+    model = toy_model(2, tied=tied, skip=skip)
+    return price_plan(model, found, cluster=cluster(), optimizer=optimizer, planner=FakePlanner())
+
+
+def test_plain_data_parallelism_holds_everything_whole() -> None:
+    memory = price(plan((0, 4, DATA))).memory[0]
+    assert memory.parameter_bytes == 4 * WEIGHT
+    assert memory.optimizer_bytes == 2 * 4 * WEIGHT + 4
+    assert memory.gradient_bytes == 4 * WEIGHT
+    assert memory.batch_bytes == 2 * (8 // 4) * 32 * 4
+    parts = memory.model_dump(exclude={"total_bytes"})
+    assert memory.total_bytes == sum(parts.values())
+
+
+def test_a_tied_parameter_counts_once() -> None:
+    assert price(plan((0, 4, DATA)), tied=True).memory[0].parameter_bytes == 3 * WEIGHT
+
+
+def test_layers_that_disagree_on_a_tied_parameter_are_refused() -> None:
+    other = LayerStrategy(dp=("a", "b"), zero=3)
+    with pytest.raises(PlanMismatchError, match="share 'table' but would lay it out differently"):
+        price(plan((0, 1, other), (1, 4, DATA)), tied=True)
+
+
+def test_synchronisation_is_paid_once_whatever_the_number_of_microbatches() -> None:
+    one, four = (price(plan((0, 4, LayerStrategy(dp=("a",))), num_microbatches=n, batch_axes=("a",))) for n in (1, 4))
+    assert one.time.synchronisation_s == four.time.synchronisation_s > 0
+    assert one.time.compute_s == pytest.approx(four.time.compute_s)
+    assert four.memory[0].residual_bytes == one.memory[0].residual_bytes // 4
+
+
+def test_unlike_neighbours_pay_for_the_change_of_layout_both_ways() -> None:
+    tensor = LayerStrategy(dp=("a",), tp=("b",))
+    plain = price(plan((0, 4, DATA))).time
+    mixed = price(plan((0, 2, DATA), (2, 4, tensor))).time
+    alone = price(plan((0, 4, tensor), batch_axes=("a",))).time
+    assert mixed.communication_s > (plain.communication_s + alone.communication_s) / 2 > 0
+
+
+def test_slots_take_the_dtype_they_are_kept_in() -> None:
+    narrow = OptimizerMemory(("bfloat16", SAME))
+    assert price(plan((0, 4, DATA)), optimizer=narrow).memory[0].optimizer_bytes == 4 * (WEIGHT // 2 + WEIGHT)
+
+
+def test_several_stages_cannot_be_priced() -> None:
+    stages = tuple(Stage(groups=(LayerGroup(start=a, stop=b, strategy=LayerStrategy()),)) for a, b in ((0, 2), (2, 4)))
+    with pytest.raises((InputError, PlanMismatchError), match="stage"):
+        price(plan(stages=stages))
+
+
+def test_a_value_with_several_readers_is_held_in_the_plan_wide_layout() -> None:
+    straight, skipping = wire(toy_model(2)), wire(toy_model(2, skip=True))
+    assert straight.held == ()
+    assert straight.layers[1].hops == (Hop(output=0, input=1, differentiable=True),)
+    assert skipping.held == ((0, 0),)
+    assert skipping.layers[1].hops == ()
+    assert skipping.layers[3].reads[-1].port == 3
+
+
+def test_shapes_follow_the_micro_batch_and_layouts_divide_them() -> None:
+    kind = toy_model(1).kinds[1]
+    dims = value_dims(kind, 2, microbatch=16, model_microbatch=8)
+    assert dims == (16, 32, 64)
+    spec = batch_spec(kind, 2, ("a", "b"))
+    assert spec == (("a", "b"), (), ())
+    assert local_bytes(dims, "float32", spec, {"a": 2, "b": 2}) == 4 * 4 * 32 * 64
