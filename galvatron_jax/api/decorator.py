@@ -10,9 +10,9 @@ import flax.linen
 import jax
 from flax import nnx
 
+from galvatron_jax.api.budget import memory_budget
 from galvatron_jax.api.recipe import Recipe
 from galvatron_jax.errors import InputError
-from galvatron_jax.units import parse_bytes
 
 M = TypeVar("M")
 
@@ -70,7 +70,7 @@ def auto_shard(
         >>> Net(rngs=nnx.Rngs(0)).linear.kernel.get_value()
         ShapeDtypeStruct(shape=(8, 8), dtype=float32)
     """
-    options = Options(memory_bytes=_budget(memory_per_device), num_microbatches=num_microbatches)
+    options = Options(memory_bytes=memory_budget(memory_per_device), num_microbatches=num_microbatches)
     if num_microbatches is not None and num_microbatches < 1:
         raise InputError(f"num_microbatches is {num_microbatches}; give 1 or more, or leave it out to have it chosen.")
     if cls is None:
@@ -110,16 +110,6 @@ def materialize(model: M) -> M:
         )
     nnx.update(model, nnx.state(recipe.concrete()))
     return model
-
-
-def _budget(memory: str | int | None) -> int | None:
-    try:
-        budget = None if memory is None else parse_bytes(memory)
-    except ValueError as error:
-        raise InputError(f"memory_per_device: {error}") from error
-    if budget is not None and budget <= 0:
-        raise InputError(f"memory_per_device is {memory!r}; a budget must be positive, such as '20GiB'.")
-    return budget
 
 
 def _decorate(cls: type, options: Options) -> type:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 from galvatron_jax.errors import DocumentError
 
@@ -16,10 +17,6 @@ class MetricsSink(Protocol):
 
     def write(self, record: dict[str, Any]) -> None:
         """Takes one record; `step` counts from 1."""
-        ...
-
-    def close(self) -> None:
-        """Flushes and releases what the sink holds."""
         ...
 
 
@@ -44,8 +41,10 @@ class JsonLines:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
-        """Closes the file."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None):
         self._file.close()
 
 

@@ -1,0 +1,159 @@
+"""A plan as tables: how each group of layers is spread over the devices, and where time and memory go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from galvatron_jax.report.text import facts, share, titled
+from galvatron_jax.spec.model import ModelSpec
+from galvatron_jax.spec.plan import LayerGroup, MemoryBreakdown, Plan, TimeBreakdown
+from galvatron_jax.spec.strategy import Remat, SequenceParallel
+from galvatron_jax.units import format_bytes, format_rate, format_seconds
+
+_ZERO_STAGES = ("–", "1: optimizer state", "2: + gradients", "3: + parameters")
+
+
+def plan_report(plan: Plan, *, model: ModelSpec | None = None) -> Iterator[RenderableType]:
+    """Everything about a plan.
+
+    Args:
+        plan: the plan.
+        model: names its layers.
+    """
+    yield strategy_table(plan, model=model)
+    if plan.prediction is not None:
+        yield time_table(plan)
+        yield memory_table(plan)
+
+
+def plan_title(plan: Plan) -> str:
+    """Model, devices, batch and mesh in a line."""
+    devices = f"{plan.num_devices} device{'s' if plan.num_devices != 1 else ''}"
+    mesh = " × ".join(f"{axis.name}={axis.size}" for axis in plan.mesh) or "no axes"
+    cut = f" in {plan.num_microbatches} micro-batches" if plan.num_microbatches > 1 else ""
+    return f"{plan.model} on {devices} ({mesh}), {plan.global_batch} examples per step{cut}"
+
+
+def strategy_table(plan: Plan, *, model: ModelSpec | None = None) -> Group:
+    """One row per group of layers with the same strategy; parallelism as degree and mesh axes."""
+    table = Table()
+    several = len(plan.stages) > 1
+    for name in (["stage"] if several else []) + [
+        "layers",
+        "what",
+        "data",
+        "tensor",
+        "sequence",
+        "ZeRO shards",
+        "remat",
+    ]:
+        table.add_column(name)
+    for index, stage in enumerate(plan.stages):
+        for group in stage.groups:
+            cells = _group_cells(plan, group, model)
+            table.add_row(*([str(index)] if several else []), *cells)
+    return titled(f"Plan: {plan_title(plan)}", table)
+
+
+def time_table(plan: Plan) -> Group:
+    """The predicted step and what it consists of."""
+    assert plan.prediction is not None
+    time, whole = plan.prediction.time, plan.prediction.time.step_s
+    rows = [(name, format_seconds(part), share(part, whole)) for name, part in _time_parts(time)]
+    table = Table()
+    table.add_column("part")
+    table.add_column("time", justify="right")
+    table.add_column("share", justify="right")
+    for row in rows:
+        table.add_row(*row)
+    table.add_section()
+    rate = format_rate(plan.global_batch / whole, "examples/s") if whole else "–"
+    table.add_row("step", format_seconds(whole), rate, style="bold")
+    return titled(f"Predicted step time ({plan.prediction.provenance} profile): {plan_title(plan)}", table)
+
+
+def memory_table(plan: Plan) -> Group:
+    """The predicted peak per device, a column per stage."""
+    assert plan.prediction is not None
+    stages = plan.prediction.memory
+    table = Table()
+    table.add_column("part")
+    for index in range(len(stages)):
+        table.add_column("bytes" if len(stages) == 1 else f"stage {index}", justify="right")
+    for row in zip(*(_memory_parts(stage) for stage in stages), strict=True):
+        table.add_row(row[0][0], *(format_bytes(count) for _, count in row))
+    table.add_section()
+    table.add_row("total", *(format_bytes(stage.total_bytes) for stage in stages), style="bold")
+    budget = plan.prediction.memory_budget_bytes
+    if budget is not None:
+        table.add_row("budget", *(f"{format_bytes(budget)}, {share(s.total_bytes, budget)} used" for s in stages))
+    return titled(f"Predicted memory per device: {plan_title(plan)}", table)
+
+
+def plan_facts(plan: Plan) -> Group:
+    """Where a plan comes from."""
+    rows = [
+        ("model", f"{plan.model} ({plan.model_fingerprint or 'any model with as many layers'})"),
+        ("executor", plan.executor),
+        ("schedule", plan.schedule.value),
+        ("batch split over", ", ".join(plan.batch_axes) or "no axis"),
+        *((name, version) for name, version in plan.software.items()),
+    ]
+    return facts(f"Provenance: {plan_title(plan)}", rows)
+
+
+def _group_cells(plan: Plan, group: LayerGroup, model: ModelSpec | None) -> list[str]:
+    strategy = group.strategy
+    layers = str(group.start) if group.stop - group.start == 1 else f"{group.start}–{group.stop - 1}"
+    sequence = "–"
+    if strategy.sp_kind is not SequenceParallel.NONE:
+        sequence = f"{strategy.sp_kind.value} {_degree(plan, strategy.sp)}"
+    return [
+        layers,
+        _group_name(group, model),
+        "repeated" if strategy.short() == "replicated" else _degree(plan, strategy.dp),
+        _degree(plan, strategy.tp),
+        sequence,
+        _ZERO_STAGES[strategy.zero],
+        "–" if strategy.remat is Remat.NONE else strategy.remat.value,
+    ]
+
+
+def _group_name(group: LayerGroup, model: ModelSpec | None) -> str:
+    if model is None or group.stop > len(model.layers):
+        return "layer" if group.stop - group.start == 1 else f"{group.stop - group.start} layers"
+    kinds = dict.fromkeys(model.kinds[layer.kind].name for layer in model.layers[group.start : group.stop])
+    count = group.stop - group.start
+    return ", ".join(kinds) if count == 1 else f"{count} × {', '.join(kinds)}"
+
+
+def _degree(plan: Plan, axes: tuple[str, ...]) -> str:
+    sizes = {axis.name: axis.size for axis in plan.mesh}
+    degree = 1
+    for axis in axes:
+        degree *= sizes.get(axis, 1)
+    return f"{degree} ({','.join(axes)})" if axes else "–"
+
+
+def _time_parts(time: TimeBreakdown) -> list[tuple[str, float]]:
+    parts = [
+        ("computation", time.compute_s),
+        ("communication in layers", time.communication_s),
+        ("gradient synchronisation", time.synchronisation_s),
+        ("optimizer update", time.update_s),
+    ]
+    return parts + ([("pipeline bubble", time.bubble_s)] if time.bubble_s else [])
+
+
+def _memory_parts(memory: MemoryBreakdown) -> list[tuple[str, int]]:
+    return [
+        ("parameters", memory.parameter_bytes),
+        ("optimizer state", memory.optimizer_bytes),
+        ("gradients", memory.gradient_bytes),
+        ("activations kept for backward", memory.residual_bytes),
+        ("workspace of the largest layer", memory.workspace_bytes),
+        ("batch", memory.batch_bytes),
+    ]
