@@ -45,9 +45,7 @@ class SwinConfig:
     def __post_init__(self) -> None:
         owner = "SwinConfig"
         if len(self.depths) != len(self.num_heads):
-            raise ValueError(
-                f"{owner}: depths={self.depths} and num_heads={self.num_heads} need an entry a stage each."
-            )
+            raise ValueError(f"{owner}: depths={self.depths}, num_heads={self.num_heads} need one entry a stage each.")
         check_divides(owner, "image_size", self.image_size, "patch_size", self.patch_size)
         for stage, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
             if depth < 2 or depth % 2:
@@ -230,8 +228,8 @@ class Swin(nnx.Module):
     """A Swin Transformer classifier.
 
     Example:
-        >>> model = Swin(PRESETS["tiny"], rngs=nnx.Rngs(0))
-        >>> model(jnp.zeros((2, 16, 16, 3))).shape
+        >>> model = nnx.eval_shape(lambda: Swin(PRESETS["tiny"], rngs=nnx.Rngs(0)))  # shapes only
+        >>> nnx.eval_shape(lambda model, images: model(images), model, jnp.zeros((2, 16, 16, 3))).shape
         (2, 128)
     """
 

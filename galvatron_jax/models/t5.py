@@ -1,4 +1,4 @@
-"""T5 (Raffel et al., 2020): encoder–decoder, RMSNorm, relative position buckets, gated GELU where version 1.1 has it."""
+"""T5 (Raffel et al., 2020): encoder–decoder, RMSNorm, relative position buckets, optionally gated (version 1.1)."""
 
 from __future__ import annotations
 

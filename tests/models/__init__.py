@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
-from . import zoo
+from . import (
+    batchnorm_net,
+    linen_gpt,
+    linen_llama,
+    linen_scan_gpt,
+    linen_vit,
+    mamba,
+    nnx_scan_gpt,
+    plain_mlp,
+    remat_gpt,
+    unet,
+    zoo,
+)
 from .case import ModelCase as ModelCase
 
-MODELS: dict[str, ModelCase] = {case.name: case for case in zoo.CASES}
+_CASES = [
+    *zoo.CASES,
+    mamba.tiny(),
+    mamba.tiny(depthwise=True),
+    unet.tiny(),
+    linen_gpt.tiny(),
+    linen_llama.tiny(),
+    linen_vit.tiny(),
+    nnx_scan_gpt.tiny(),
+    linen_scan_gpt.tiny(),
+    batchnorm_net.tiny(),
+    plain_mlp.tiny(),
+    remat_gpt.tiny(),
+]
+MODELS: dict[str, ModelCase] = {case.name: case for case in _CASES}
