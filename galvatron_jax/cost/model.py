@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from galvatron_jax.cost.compute import Compute, compute_for, local_shape
 from galvatron_jax.cost.links import Links, links_for
@@ -79,13 +79,17 @@ class CostModel:
         profile: Profile | None,
         optimizer: OptimizerMemory,
         planner: Planner,
+        microbatches: tuple[int, ...] = (),
     ) -> CostModel:
-        """A cost model from measurements where `profile` has them, from the cluster's figures otherwise."""
+        """A cost model from measurements where `profile` has them, from the cluster's figures otherwise.
+
+        With the ascending `microbatches` that will be asked for, plans between some of them are interpolated.
+        """
         bandwidth = profile.update_bytes_per_s if profile is not None else None
         return cls(
             model=model,
             cluster=cluster,
-            table=PlanTable(model, mesh, planner),
+            table=PlanTable(model, mesh, planner, microbatches),
             wiring=wire(model),
             compute=compute_for(profile, cluster=cluster, planner=planner, model=model),
             links=links_for(profile, cluster=cluster, mesh=mesh),
@@ -113,7 +117,8 @@ class CostModel:
         return LayerCost(
             compute_s=compute.forward_s + compute.backward_s,
             communication_s=exposed + self._held_seconds(wiring, plan, batching),
-            synchronisation_s=sum(self.seconds(p.sync) + self.seconds(p.publish) for p in mine),
+            synchronisation_s=self.seconds(fused(c for p in mine for c in p.sync))
+            + self.seconds(fused(c for p in mine for c in p.publish)),
             update_s=traffic / self.update_bytes_per_s,
             memory=layer_memory(kind, plan, owned=owned, optimizer=self.optimizer),
             estimated=compute.estimated,
@@ -205,3 +210,12 @@ class CostModel:
         if both_ways:
             total += self.seconds(self.table.move(dims, dtype, source=target, target=source))
         return total
+
+
+def fused(collectives: Iterable[Collective]) -> list[Collective]:
+    """Collectives of one sort put together, as XLA's combiners do with those that wait for nothing else."""
+    sums: dict[Collective, int] = {}
+    for collective in collectives:
+        sort = replace(collective, bytes=0)
+        sums[sort] = sums.get(sort, 0) + collective.bytes
+    return [replace(sort, bytes=total) for sort, total in sums.items()]

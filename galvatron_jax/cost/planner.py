@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from galvatron_jax import partition
+from galvatron_jax.cost.interpolation import plan_between
 from galvatron_jax.partition.layer_plan import BoundarySpec, Collective, LayerPlan
 from galvatron_jax.spec.model import LayerKind, ModelSpec
 from galvatron_jax.spec.plan import MeshAxis
@@ -41,27 +43,44 @@ class PlanTable:
     model: ModelSpec
     mesh: tuple[MeshAxis, ...]
     planner: Planner
-    planned: int = 0
-    """How often the planner was called."""
+    microbatches: tuple[int, ...] = ()
+    """Micro-batches that will be asked for: with these, plans may be interpolated (see `interpolation`)."""
     _plans: dict[tuple[int, LayerStrategy, int], LayerPlan] = field(default_factory=dict, repr=False)
+    _planned: dict[tuple[int, LayerStrategy, int], LayerPlan] = field(default_factory=dict, repr=False)
     _moves: dict[tuple, tuple[Collective, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.sizes: dict[str, int] = {axis.name: axis.size for axis in self.mesh}
 
+    @property
+    def planned(self) -> int:
+        """How often the planner was called."""
+        return len(self._planned)
+
     def plan(self, kind: int, strategy: LayerStrategy, *, microbatch: int) -> LayerPlan:
-        """The plan of `model.kinds[kind]` under a strategy."""
+        """The plan of `model.kinds[kind]` under a strategy; interpolated ones hold no instructions."""
         key = (kind, strategy, microbatch)
         if key not in self._plans:
-            self.planned += 1
-            self._plans[key] = self.planner.plan_layer(
+            ways = math.prod(self.sizes[axis] for axis in strategy.dp)
+            reachable = [size for size in self.microbatches if size % ways == 0]
+            if microbatch in reachable:
+                found = plan_between(lambda size: self._exact(kind, strategy, size), reachable, at=microbatch)
+            else:
+                found = self._exact(kind, strategy, microbatch)
+            self._plans[key] = found
+        return self._plans[key]
+
+    def _exact(self, kind: int, strategy: LayerStrategy, microbatch: int) -> LayerPlan:
+        key = (kind, strategy, microbatch)
+        if key not in self._planned:
+            self._planned[key] = self.planner.plan_layer(
                 self.model.kinds[kind],
                 strategy,
                 mesh=self.sizes,
                 microbatch=microbatch,
                 model_microbatch=self.model.microbatch,
             )
-        return self._plans[key]
+        return self._planned[key]
 
     def move(
         self, dims: tuple[int, ...], dtype: str, *, source: BoundarySpec, target: BoundarySpec

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
+from galvatron_jax.cost.model import CostModel
+from galvatron_jax.cost.planner import PlanTable
 from galvatron_jax.cost.step import predict
 from galvatron_jax.search.chain import Chain, Solution, evaluate
 from galvatron_jax.search.problems import Best
@@ -16,7 +19,7 @@ def make_plan(best: Best, *, memory_bytes: int | None) -> Plan:
     """The plan of a solution, with its prediction."""
     problem = best.problem
     strategies = problem.strategies(tidy(problem.chain, best.solution))
-    costs, batching = problem.costs, problem.batching
+    costs, batching = _exact(problem.costs), problem.batching
     return Plan(
         model=costs.model.name,
         model_fingerprint=costs.model.fingerprint,
@@ -27,6 +30,11 @@ def make_plan(best: Best, *, memory_bytes: int | None) -> Plan:
         batch_axes=batching.axes,
         prediction=predict(costs, strategies, batching, memory_bytes=memory_bytes),
     )
+
+
+def _exact(costs: CostModel) -> CostModel:
+    """The same cost model without interpolation between micro-batches: what `price_plan` uses."""
+    return replace(costs, table=PlanTable(costs.model, costs.table.mesh, costs.table.planner))
 
 
 def group(strategies: Sequence[LayerStrategy]) -> tuple[LayerGroup, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from galvatron_jax.cost.memory import OptimizerMemory
 from galvatron_jax.cost.model import CostModel
@@ -13,14 +14,16 @@ from galvatron_jax.search.assemble import make_plan
 from galvatron_jax.search.explain import RunnerUp, SearchResult, SearchStatistics
 from galvatron_jax.search.families import FAMILIES
 from galvatron_jax.search.infeasible import nothing_fits
-from galvatron_jax.search.problems import Effort, Problem, Progress, build_problems, fastest, least_memory
-from galvatron_jax.search.space import SearchSpace, meshes_for
+from galvatron_jax.search.problems import Best, Effort, Problem, Progress, build_problems, fastest, least_memory
+from galvatron_jax.search.space import Rule, SearchSpace, meshes_for
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import MeshAxis, Plan
 from galvatron_jax.spec.profile import Profile
 
 _DEFAULT_SPACE = SearchSpace()
+_ROUNDING = 1e-9
+"""Relative difference of seconds summed in another order."""
 
 
 def search(
@@ -58,34 +61,95 @@ def search(
         InputError: when the batch or the number of micro-batches is wrong.
         InfeasibleError: when no plan fits; it names the nearest one and what would fit.
     """
+    request = _Request(
+        model=model,
+        cluster=cluster,
+        profile=profile,
+        global_batch=global_batch,
+        budget_bytes=cluster.device.memory_bytes if memory_bytes is None else memory_bytes,
+        optimizer=optimizer,
+        space=space,
+        meshes=tuple(meshes_for(cluster) if meshes is None else meshes),
+        deadline=None if time_limit_s is None else time.monotonic() + time_limit_s,
+        progress=progress,
+        planner=planner or default_planner(),
+    )
     started = time.monotonic()
-    deadline = None if time_limit_s is None else started + time_limit_s
-    budget = cluster.device.memory_bytes if memory_bytes is None else memory_bytes
-    effort = Effort()
+    found = _attempt(request)
+    if not found.agrees:
+        # The line through planned micro-batches misled: plan every one.
+        exact = replace(space, disabled_rules=space.disabled_rules | {Rule.AFFINE_IN_MICROBATCH})
+        found = _attempt(replace(request, space=exact))
+    if not found.fits:
+        raise nothing_fits(found.best, found.plan, memory_bytes=request.budget_bytes, space=space)
+    statistics = _statistics(found.effort, found.problems, time.monotonic() - started)
+    others = _runners_up(found.problems, found.plan, memory_bytes=request.budget_bytes) if runners_up else ()
+    return SearchResult(found.plan, cluster.name, others, statistics)
+
+
+@dataclass(frozen=True)
+class _Request:
+    model: ModelSpec
+    cluster: ClusterSpec
+    profile: Profile | None
+    global_batch: int
+    budget_bytes: int
+    optimizer: OptimizerMemory
+    space: SearchSpace
+    meshes: tuple[tuple[MeshAxis, ...], ...]
+    deadline: float | None
+    progress: Progress | None
+    planner: Planner
+
+
+@dataclass(frozen=True, eq=False)
+class _Attempt:
+    problems: list[Problem]
+    best: Best
+    fits: bool
+    """Whether `best` fits the budget; otherwise it needs least memory."""
+    plan: Plan
+    effort: Effort
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the plan, planned anew and priced as a whole, costs what the search thought."""
+        assert self.plan.prediction is not None
+        step, memory = self.plan.prediction.time.step_s, self.plan.prediction.memory[0].total_bytes
+        thought = self.best.solution.bytes + self.best.problem.fixed_bytes
+        return memory == thought and abs(step - self.best.solution.seconds) <= _ROUNDING * step
+
+
+def _attempt(request: _Request) -> _Attempt:
+    """Builds and solves all problems."""
+    counts = request.space.microbatch_counts(request.global_batch)
+    affine = request.space.applies(Rule.AFFINE_IN_MICROBATCH)
+    microbatches = tuple(sorted(request.global_batch // count for count in counts)) if affine else ()
     models = [
         CostModel.build(
-            model,
-            cluster=cluster,
+            request.model,
+            cluster=request.cluster,
             mesh=mesh,
-            profile=profile,
-            optimizer=optimizer,
-            planner=planner or default_planner(),
+            profile=request.profile,
+            optimizer=request.optimizer,
+            planner=request.planner,
+            microbatches=microbatches,
         )
-        for mesh in (meshes_for(cluster) if meshes is None else meshes)
+        for mesh in request.meshes
     ]
-    problems = build_problems(models, global_batch=global_batch, space=space, effort=effort, progress=progress)
+    effort = Effort()
+    problems = build_problems(
+        models, global_batch=request.global_batch, space=request.space, effort=effort, progress=request.progress
+    )
     if not problems:
         raise InputError(
-            f"No strategies of {model.name!r} agree on the layout of its shared parameters "
+            f"No strategies of {request.model.name!r} agree on the layout of its shared parameters "
             f"({', '.join(models[0].wiring.tied) or 'none'}). Allow more strategies in the search space."
         )
-    best = fastest(problems, memory_bytes=budget, effort=effort, deadline=deadline)
-    if best is None:
-        raise nothing_fits(least_memory(problems), memory_bytes=budget, space=space)
-    plan = make_plan(best, memory_bytes=budget)
-    statistics = _statistics(effort, problems, time.monotonic() - started)
-    others = _runners_up(problems, plan, memory_bytes=budget) if runners_up else ()
-    return SearchResult(plan, cluster.name, others, statistics)
+    best = fastest(problems, memory_bytes=request.budget_bytes, effort=effort, deadline=request.deadline)
+    nearest = best or least_memory(problems)
+    plan = make_plan(nearest, memory_bytes=request.budget_bytes)
+    return _Attempt(problems, nearest, best is not None, plan, effort)
 
 
 def _statistics(effort: Effort, problems: list[Problem], seconds: float) -> SearchStatistics:

@@ -8,7 +8,6 @@ from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.planner import PlanTable
 from galvatron_jax.cost.step import plan_memory
 from galvatron_jax.errors import InfeasibleError
-from galvatron_jax.search.assemble import make_plan
 from galvatron_jax.search.explain import describe_groups, memory_rows
 from galvatron_jax.search.problems import Best
 from galvatron_jax.search.space import SearchSpace
@@ -30,15 +29,15 @@ class NothingFitsError(InfeasibleError):
         self.budget_bytes = budget_bytes
 
 
-def nothing_fits(nearest: Best, *, memory_bytes: int, space: SearchSpace) -> NothingFitsError:
+def nothing_fits(nearest: Best, plan: Plan, *, memory_bytes: int, space: SearchSpace) -> NothingFitsError:
     """The error for a search in which even the smallest plan is too large.
 
     Args:
         nearest: the solution that needs least memory.
+        plan: the plan made of it.
         memory_bytes: the budget per device.
         space: what was searched.
     """
-    plan = make_plan(nearest, memory_bytes=memory_bytes)
     assert plan.prediction is not None
     memory = plan.prediction.memory[0]
     largest = memory_rows(memory)[0]

@@ -37,9 +37,11 @@ class Rule(StrEnum):
     """Heuristic: tensor and sequence parallelism stay within a node."""
     ULYSSES_WITH_TP = "ulysses-with-tp"
     """Heuristic: one layer uses Ulysses or tensor parallelism, not both."""
+    AFFINE_IN_MICROBATCH = "affine-in-microbatch"
+    """Heuristic: plans at three micro-batches that lie on one line stand for those between (not counted)."""
 
 
-HEURISTICS = frozenset({Rule.TP_ACROSS_NODES, Rule.ULYSSES_WITH_TP})
+HEURISTICS = frozenset({Rule.TP_ACROSS_NODES, Rule.ULYSSES_WITH_TP, Rule.AFFINE_IN_MICROBATCH})
 """Rules that may lose the optimum; all others are lossless."""
 
 
