@@ -187,7 +187,7 @@ class MoE(nnx.Module):
             balances.append(balance)
         x = self.norm(x)
         logits = self.token_embedding.attend(x) if self.head is None else self.head(x)
-        return logits, sum(balances) / len(balances)
+        return logits, jnp.stack(balances).mean(axis=0)
 
 
 def loss_fn(model: MoE, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:

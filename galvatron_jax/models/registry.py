@@ -28,8 +28,8 @@ class Family:
     """
 
     name: str
-    model: type[nnx.Module]
-    """Called as ``model(config, rngs=rngs)``."""
+    model: Callable[..., nnx.Module]
+    """The class, called as ``model(config, rngs=rngs)``."""
     loss_fn: Callable[..., Any]
     """``loss_fn(model, batch)``, the loss or ``(loss, aux)``."""
     example_batch: Callable[[Any, int], dict[str, jax.ShapeDtypeStruct]]

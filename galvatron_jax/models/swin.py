@@ -96,22 +96,21 @@ def from_windows(x: Array, height: int, width: int) -> Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, channels)
 
 
-def relative_index(window: int) -> np.ndarray:
+def relative_index(window: int) -> Array:
     """``Int[window², window²]``: for each pair of positions, the row of the bias table for their distance."""
-    rows, columns = np.divmod(np.arange(window * window), window)
+    rows, columns = jnp.divmod(jnp.arange(window * window), window)
     down = rows[:, None] - rows[None, :] + window - 1
     right = columns[:, None] - columns[None, :] + window - 1
-    return (down * (2 * window - 1) + right).astype(np.int32)
+    return down * (2 * window - 1) + right
 
 
-def shift_mask(resolution: int, window: int, shift: int) -> np.ndarray:
+def shift_mask(resolution: int, window: int, shift: int) -> Array:
     """``Bool[windows, window², window²]``: which pairs of a shifted window were neighbours before the cyclic shift."""
-    edge = np.zeros(resolution, np.int32)
-    edge[-window:-shift] = 1
-    edge[-shift:] = 2
-    region = 3 * edge[:, None] + edge[None, :]
-    count = resolution // window
-    region = region.reshape(count, window, count, window).transpose(0, 2, 1, 3).reshape(count * count, -1)
+    places = jnp.arange(resolution)
+    # The last row of windows holds two regions: its own patches, and those that the shift brought from the other side.
+    band = (places >= resolution - window).astype(jnp.int32) + (places >= resolution - shift).astype(jnp.int32)
+    region = (3 * band[:, None] + band[None, :])[None, :, :, None]
+    region = to_windows(region, window)[0, :, :, 0]
     return region[:, :, None] == region[:, None, :]
 
 
@@ -127,7 +126,7 @@ class WindowAttention(nnx.Module):
         table = ((2 * window - 1) ** 2, self.num_heads)
         self.bias_table = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), table, config.param_dtype))
 
-    def __call__(self, x: Array, mask: np.ndarray | None) -> Array:
+    def __call__(self, x: Array, mask: Array | None) -> Array:
         """``Float[batch, windows, window², width]`` to the same; the mask as :func:`shift_mask` makes it."""
         batch, windows, area, width = x.shape
         qkv = self.qkv(x).reshape(batch, windows, area, 3, self.num_heads, width // self.num_heads)

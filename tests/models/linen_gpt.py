@@ -1,10 +1,11 @@
-"""A GPT in Linen."""
+"""A GPT in Linen, its mask a NumPy constant in each block."""
 
 from __future__ import annotations
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .batches import SEQ, VOCAB, next_token_batch
@@ -20,7 +21,7 @@ class Block(nn.Module):
         qkv = nn.Dense(3 * width, name="qkv")(nn.LayerNorm(name="norm1")(x))
         query, key, value = jnp.split(qkv.reshape(batch, length, self.heads, -1), 3, axis=-1)
         scores = jnp.einsum("bihd,bjhd->bhij", query, key) / (width // self.heads) ** 0.5
-        scores = jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores, -1e9)
+        scores = jnp.where(np.tril(np.ones((length, length), bool)), scores, -1e9)
         mixed = jnp.einsum("bhij,bjhd->bihd", jax.nn.softmax(scores), value)
         x = x + nn.Dense(width, name="proj")(mixed.reshape(batch, length, width))
         hidden = nn.gelu(nn.Dense(4 * width, name="fc1")(nn.LayerNorm(name="norm2")(x)))
