@@ -38,19 +38,16 @@ LossFn = Callable[[Any, Any], Any]
 class Planned:
     """A plan with everything that it was made from."""
 
+    model: ModelSpec
+    """The model, traced at the global batch."""
     traced: Traced
-    """The model, traced at the plan's micro-batch."""
+    """The model, traced at the plan's micro-batch: what runs."""
     cluster: ClusterSpec
     profile: Profile
     plan: Plan
     """With its prediction."""
     result: SearchResult | None
     """None where the plan was given."""
-
-    @property
-    def model(self) -> ModelSpec:
-        """The traced model's document."""
-        return self.traced.spec
 
     def report(self) -> Iterator[RenderableType]:
         """Which plan, why, what the runners-up cost, and what bounds it, as tables for a `rich` console."""
@@ -145,29 +142,33 @@ def make_plan(
         PlanMismatchError: when the given plan is for another model, batch or number of devices.
     """
     given = Plan.load(plan) if isinstance(plan, (str, PathLike)) else plan
-    traced = request.trace(num_microbatches=given.num_microbatches if given else request.num_microbatches or 1)
+    traced = request.trace()
+    model = traced.spec
     live = cluster == LIVE
     spec = resolve_cluster(cluster, cache_dir=request.cache_dir, progress=request.progress)
-    memory = optimizer_memory(request.optimizer, traced.spec)
     if given is not None:
-        _check_given(given, traced.spec, spec, request.global_batch)
-        times = _profile(request, traced, spec, profile, live=live, space=_space_of(given))
-        return Planned(traced, spec, times, _priced(given, traced.spec, spec, times, memory, request), None)
-    space = SearchSpace(num_microbatches=(request.num_microbatches,) if request.num_microbatches else None)
+        _check_given(given, model, spec, request.global_batch)
+    count = request.num_microbatches if given is None else given.num_microbatches
+    space = SearchSpace(num_microbatches=None if count is None else (count,))
     times = _profile(request, traced, spec, profile, live=live, space=space)
-    result = search(
-        traced.spec,
-        spec,
-        profile=times,
-        global_batch=request.global_batch,
-        memory_bytes=request.memory_bytes,
-        optimizer=memory,
-        space=space,
-    )
-    count = result.plan.num_microbatches
-    if request.global_batch // count != traced.spec.microbatch:
-        traced = request.trace(num_microbatches=count)
-    return Planned(traced, spec, times, result.plan, result)
+    memory = optimizer_memory(request.optimizer, model)
+    if given is None:
+        result = search(
+            model,
+            spec,
+            profile=times,
+            global_batch=request.global_batch,
+            memory_bytes=request.memory_bytes,
+            optimizer=memory,
+            space=space,
+        )
+        chosen = result.plan
+    else:
+        result = None
+        chosen = _priced(given, model, spec, times, memory, request)
+    if chosen.num_microbatches > 1:
+        traced = request.trace(num_microbatches=chosen.num_microbatches)
+    return Planned(model, traced, spec, times, chosen, result)
 
 
 def _profile(
@@ -198,16 +199,12 @@ def _profile(
 
 
 def _check_given(plan: Plan, model: ModelSpec, cluster: ClusterSpec, global_batch: int) -> None:
-    check_plan(plan, model, cluster.num_devices)
     if plan.global_batch != global_batch:
         raise PlanMismatchError(
             f"The plan is for {plan.global_batch} examples per step, the example batch has {global_batch}. Give "
             f"batches of {plan.global_batch}, change global_batch in the plan, or search anew."
         )
-
-
-def _space_of(plan: Plan) -> SearchSpace:
-    return SearchSpace(num_microbatches=(plan.num_microbatches,))
+    check_plan(plan, model, cluster.num_devices)
 
 
 def _priced(

@@ -159,6 +159,9 @@ class Trainer:
                 # One step stays in flight, so that the device never waits for the host.
                 self._arrived(pending)
                 pending = (done, metrics)
+                if stop.is_set() or self._due(done):
+                    self._arrived(pending)
+                    pending = None
                 if stop.is_set() or self._diverged:
                     break
                 if self._due(done):
@@ -189,7 +192,7 @@ class Trainer:
             self._checkpoints.save(done, self._step.to_tree(state))
 
     def _arrived(self, pending: tuple[int, dict[str, Any]] | None) -> None:
-        if pending is None:
+        if pending is None or self._diverged:
             return
         done, metrics = pending
         self._meter.take(metrics["loss"])
