@@ -16,6 +16,9 @@ from galvatron_jax.errors import InputError
 
 M = TypeVar("M")
 
+_OPTIONS, _RECIPE = "_galvatron_options", "_galvatron_recipe"
+"""Attributes of decorated classes and of their instances."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -80,12 +83,12 @@ def auto_shard(
 
 def options_of(model: object) -> Options:
     """The options of the decorator on the model's class; the defaults where it is undecorated."""
-    return getattr(model, "_galvatron_options", None) or Options()
+    return getattr(model, _OPTIONS, None) or Options()
 
 
 def recipe_of(model: object) -> Recipe | None:
     """How to build the model anew; None for a Linen module or an undecorated class."""
-    return getattr(model, "_galvatron_recipe", None)
+    return getattr(model, _RECIPE, None)
 
 
 def is_abstract(model: nnx.Module) -> bool:
@@ -117,8 +120,8 @@ def _decorate(cls: type, options: Options) -> type:
         raise InputError(
             f"auto_shard decorates classes of flax.nnx.Module or flax.linen.Module, and {cls!r} is neither."
         )
-    namespace = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    namespace["_galvatron_options"] = options
+    namespace: dict[str, Any] = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    namespace[_OPTIONS] = options
     if issubclass(cls, flax.linen.Module):
         return type(cls)(cls.__name__, (cls,), namespace)
     namespace["__call__"] = _materializing_call
@@ -134,12 +137,12 @@ class _LazyConstruction(type):
             return super().__call__(*args, **kwargs)
         recipe = Recipe(cls, *args, **kwargs)
         module = recipe.abstract()
-        module._galvatron_recipe = recipe
+        setattr(module, _RECIPE, recipe)
         return module
 
 
 def _materializing_call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-    decorated = next(base for base in type(self).__mro__ if vars(base).get("__call__") is _materializing_call)
+    decorated: Any = next(base for base in type(self).__mro__ if vars(base).get("__call__") is _materializing_call)
     return super(decorated, materialize(self)).__call__(*args, **kwargs)
 
 

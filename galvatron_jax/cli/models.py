@@ -62,9 +62,10 @@ def _of_zoo(config: ModelConfig, batch_size: int) -> LoadedModel:
         sizes = registry.model_config(config.family, config.size, **config.overrides)
     except ValueError as error:
         raise InputError(f"model: {error}") from error
+    model_class: Any = family.model
     return LoadedModel(
         name=f"{config.family}:{config.size}" + (" (changed)" if config.overrides else ""),
-        model=auto_shard(family.model)(sizes, rngs=nnx.Rngs(0)),
+        model=auto_shard(model_class)(sizes, rngs=nnx.Rngs(0)),
         loss_fn=family.loss_fn,
         example_batch=family.example_batch(sizes, batch_size),
         random_batch=lambda seed: family.random_batch(sizes, batch_size, seed=seed),
