@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
@@ -30,11 +31,10 @@ def plan_report(plan: Plan, *, model: ModelSpec | None = None) -> Iterator[Rende
 
 
 def plan_title(plan: Plan) -> str:
-    """Model, devices, batch and mesh in a line."""
+    """Model, devices and batch in a line."""
     devices = f"{plan.num_devices} device{'s' if plan.num_devices != 1 else ''}"
-    mesh = " × ".join(f"{axis.name}={axis.size}" for axis in plan.mesh) or "no axes"
     cut = f" in {plan.num_microbatches} micro-batches" if plan.num_microbatches > 1 else ""
-    return f"{plan.model} on {devices} ({mesh}), {plan.global_batch} examples per step{cut}"
+    return f"{plan.model} on {devices}, batch {plan.global_batch}{cut}"
 
 
 def strategy_table(plan: Plan, *, model: ModelSpec | None = None) -> Group:
@@ -55,7 +55,8 @@ def strategy_table(plan: Plan, *, model: ModelSpec | None = None) -> Group:
         for group in stage.groups:
             cells = _group_cells(plan, group, model)
             table.add_row(*([str(index)] if several else []), *cells)
-    return titled(f"Plan: {plan_title(plan)}", table)
+    mesh = " × ".join(f"{axis.name}={axis.size}" for axis in plan.mesh) or "no axes"
+    return titled(f"Plan: {plan_title(plan)}, mesh {mesh}", table)
 
 
 def time_table(plan: Plan) -> Group:
@@ -125,9 +126,9 @@ def _group_cells(plan: Plan, group: LayerGroup, model: ModelSpec | None) -> list
 def _group_name(group: LayerGroup, model: ModelSpec | None) -> str:
     if model is None or group.stop > len(model.layers):
         return "layer" if group.stop - group.start == 1 else f"{group.stop - group.start} layers"
-    kinds = dict.fromkeys(model.kinds[layer.kind].name for layer in model.layers[group.start : group.stop])
-    count = group.stop - group.start
-    return ", ".join(kinds) if count == 1 else f"{count} × {', '.join(kinds)}"
+    names = [model.kinds[layer.kind].name for layer in model.layers[group.start : group.stop]]
+    runs = [(name, len(list(run))) for name, run in itertools.groupby(names)]
+    return ", ".join(name if count == 1 else f"{count} × {name}" for name, count in runs)
 
 
 def _degree(plan: Plan, axes: tuple[str, ...]) -> str:
