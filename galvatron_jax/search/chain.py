@@ -31,19 +31,6 @@ class Options:
     admitted: np.ndarray
     """Which options each variant of tied parameters allows. bool[variants, options]"""
 
-    def keep(self, mask: np.ndarray) -> Options:
-        """The options of a mask; their classes stay as they are."""
-        index = np.flatnonzero(mask)
-        return Options(
-            tuple(self.strategies[i] for i in index),
-            self.seconds[index],
-            self.resident_bytes[index],
-            self.workspace_bytes[index],
-            self.boundary[index],
-            self.num_classes,
-            self.admitted[:, index],
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class Chain:

@@ -173,13 +173,12 @@ def _runners_up(problems: list[Problem], winner: Plan, *, memory_bytes: int) -> 
     for family in FAMILIES:
         if all(family.allows(strategy) for strategy in winner.strategies):
             continue
-        if not any(family.allows(s) for p in problems for layer in p.chain.layers for s in layer.strategies):
+        if not any(problem.builder.offers(family.allows) for problem in problems):
             continue
-        restricted = [problem.restricted(family.allows) for problem in problems]
-        restricted = [problem for problem in restricted if problem.bound_s < float("inf")]
+        chains = [problem.restricted(family.allows) for problem in problems]
+        restricted = sorted((chain for chain in chains if chain is not None), key=lambda problem: problem.bound_s)
         if not restricted:
             continue
-        restricted.sort(key=lambda problem: problem.bound_s)
         best = fastest(restricted, memory_bytes=memory_bytes, exact=False)
         plan = make_plan(best or least_memory(restricted), memory_bytes=memory_bytes)
         if plan.strategies != winner.strategies and all(plan.strategies != other.plan.strategies for other in found):

@@ -57,23 +57,44 @@ class _State:
         return np.isfinite(bound_s) & (bound_s < self.upper_s * (1 - TOLERANCE))
 
 
-def solve(
-    chain: Chain,
-    *,
-    budget_bytes: int,
-    upper_s: float = math.inf,
-    exact: bool = True,
-    deadline: float | None = None,
-) -> Outcome:
+@dataclass(frozen=True, eq=False)
+class Relaxed:
+    """A chain after relaxation: a good solution, and the cases in which there may be a better one."""
+
+    chain: Chain
+    solution: Solution | None
+    """The best found that fits and beats the bound given."""
+    cases: Cases
+    limit_bytes: np.ndarray
+    """Per case, for resident bytes. int64[cases]"""
+    bound_s: np.ndarray
+    """Per case, no solution is faster. float64[cases]"""
+    multiplier: np.ndarray
+    """Per case, the seconds per byte that gave the bound. float64[cases]"""
+
+    @property
+    def least_s(self) -> float:
+        """No solution that is not known yet is faster."""
+        return float(self.bound_s.min(initial=math.inf))
+
+
+def solve(chain: Chain, *, budget_bytes: int, upper_s: float = math.inf, deadline: float | None = None) -> Outcome:
     """The fastest choice within a budget that is faster than `upper_s`.
 
     Args:
         chain: the problem.
         budget_bytes: for resident bytes and the largest workspace together.
         upper_s: only faster solutions count.
-        exact: False stops after relaxation: a good plan, not always the best.
         deadline: of `time.monotonic()`, after which labels are no longer grown.
     """
+    relaxed = relax(chain, budget_bytes=budget_bytes, upper_s=upper_s)
+    known = relaxed.solution.seconds if relaxed.solution is not None else upper_s
+    closed = close(relaxed, upper_s=known, deadline=deadline)
+    return Outcome(closed.solution or relaxed.solution, closed.proven, closed.labels)
+
+
+def relax(chain: Chain, *, budget_bytes: int, upper_s: float = math.inf) -> Relaxed:
+    """Bounds from below, and a good solution, for all cases of a chain; arguments as `solve`."""
     state = _State(chain, upper_s)
     cases = _cases(chain)
     limit = budget_bytes - cases.workspace_bytes
@@ -86,18 +107,25 @@ def solve(
     cases, limit, fast, small = cases.take(index), limit[index], fast.take(index), small.take(index)
     state.offer_paths(small, small.resident_bytes <= limit)
     bound, multiplier = _ascend(state, cases, limit, fast, small)
+    index = np.flatnonzero(state.open(bound))
+    return Relaxed(chain, state.best, cases.take(index), limit[index], bound[index], multiplier[index])
+
+
+def close(relaxed: Relaxed, *, upper_s: float, deadline: float | None = None) -> Outcome:
+    """The fastest solution of a relaxed chain that is faster than `upper_s`, the most promising case first."""
+    state = _State(relaxed.chain, upper_s)
     proven, labels = True, 0
-    for case in np.argsort(bound, kind="stable"):
-        if not exact or not state.open(bound[case : case + 1])[0]:
+    for case in np.argsort(relaxed.bound_s, kind="stable"):
+        if not state.open(relaxed.bound_s[case : case + 1])[0]:
             break
         if deadline is not None and time.monotonic() > deadline:
             proven = False
             break
         closed = close_gap(
-            chain,
-            cases.take(np.array([case])),
-            limit_bytes=int(limit[case]),
-            multiplier=float(multiplier[case]),
+            relaxed.chain,
+            relaxed.cases.take(np.array([case])),
+            limit_bytes=int(relaxed.limit_bytes[case]),
+            multiplier=float(relaxed.multiplier[case]),
             upper_s=state.upper_s * (1 - TOLERANCE),
             deadline=deadline,
         )
@@ -105,7 +133,7 @@ def solve(
         proven &= closed.complete
         if closed.options is not None:
             state.offer(closed.options)
-    return Outcome(state.best, proven and exact, labels)
+    return Outcome(state.best, proven, labels)
 
 
 def fastest_seconds(chain: Chain) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +41,29 @@ class _Table:
     ties: tuple[dict[str, tuple], ...]
     """Per option, the signature of each tied parameter."""
 
+    def take(self, index: np.ndarray) -> _Table:
+        """Some of the options; the classes stay as they are."""
+        return _Table(
+            tuple(self.strategies[i] for i in index),
+            self.seconds[index],
+            self.resident_bytes[index],
+            self.workspace_bytes[index],
+            self.boundary[index],
+            self.examples,
+            tuple(self.ties[i] for i in index),
+        )
+
+    def allowing(self, allowed: Callable[[LayerStrategy], bool]) -> _Table:
+        """The options with some strategies; all when there are none."""
+        index = np.flatnonzero([allowed(strategy) for strategy in self.strategies])
+        return self.take(index) if len(index) else self
+
+    def undominated(self) -> _Table:
+        """Without the options that others make superfluous."""
+        ties: dict[tuple, int] = {}
+        group = np.array([ties.setdefault(tuple(sorted(tie.items())), len(ties)) for tie in self.ties])
+        return self.take(np.flatnonzero(~dominated(self, group)))
+
 
 @dataclass
 class ChainBuilder:
@@ -53,14 +76,28 @@ class ChainBuilder:
     """Options priced."""
     estimated: int = 0
     """Options whose computation time was not measured."""
+    _priced: dict[tuple, _Table] = field(default_factory=dict, repr=False)
     _tables: dict[tuple, _Table] = field(default_factory=dict, repr=False)
     _strategies: dict[tuple, tuple[LayerStrategy, ...]] = field(default_factory=dict, repr=False)
     _moves: dict[tuple, np.ndarray] = field(default_factory=dict, repr=False)
 
-    def build(self, batching: Batching) -> Chain | None:
-        """The chain for one way of feeding the batch; None when no layouts of the tied parameters agree."""
+    def offers(self, allowed: Callable[[LayerStrategy], bool]) -> bool:
+        """Whether any layer can use any of some strategies."""
+        return any(allowed(strategy) for found in self._strategies.values() for strategy in found)
+
+    def build(self, batching: Batching, allowed: Callable[[LayerStrategy], bool] | None = None) -> Chain | None:
+        """The chain for one way of feeding the batch; None when no layouts of the tied parameters agree.
+
+        Args:
+            batching: how the batch is fed.
+            allowed: which strategies to use. A layer that offers none of them keeps all; None when that is the most
+                frequent layer.
+        """
         slots = self._slots()
-        tables = {slot: self._table(slot, batching) for slot in dict.fromkeys(slots)}
+        frequent = max(slots, key=slots.count)
+        if allowed is not None and not any(map(allowed, self._candidates(frequent.wiring.kind, batching))):
+            return None
+        tables = {slot: self._table(slot, batching, allowed) for slot in dict.fromkeys(slots)}
         variants = _variants([tables[slot] for slot in slots], self.costs.wiring.tied)
         options = {slot: _finish(table, variants) for slot, table in tables.items()}
         if not variants or any(not layer.admitted.any(axis=0).any() for layer in options.values()):
@@ -73,12 +110,20 @@ class ChainBuilder:
         following = [tuple(hop.output for hop in layer.hops) for layer in layers[1:]]
         return tuple(_Slot(layer, ports) for layer, ports in zip(layers, [*following, ()], strict=True))
 
-    def _table(self, slot: _Slot, batching: Batching) -> _Table:
+    def _table(self, slot: _Slot, batching: Batching, allowed: Callable[[LayerStrategy], bool] | None) -> _Table:
         wiring = slot.wiring
         held = any(place.batched for place in wiring.reads + wiring.writes)
         key = (slot, batching.num_microbatches, batching.axes if held else None)
+        if key not in self._priced:
+            self._priced[key] = self._price(slot, batching)
+        prune = self.space.applies(Rule.DOMINATED)
+        if allowed is not None:
+            kept = self._priced[key].allowing(allowed)
+            return kept.undominated() if prune else kept
         if key not in self._tables:
-            self._tables[key] = self._price(slot, batching)
+            kept = self._priced[key].undominated() if prune else self._priced[key]
+            self.pruned[Rule.DOMINATED] += len(self._priced[key].strategies) - len(kept.strategies)
+            self._tables[key] = kept
         return self._tables[key]
 
     def _price(self, slot: _Slot, batching: Batching) -> _Table:
@@ -100,7 +145,7 @@ class ChainBuilder:
             boundary.append(classes[layouts])
         self.priced += len(prices)
         self.estimated += sum(price.estimated for price in prices)
-        table = _Table(
+        return _Table(
             strategies,
             np.array([price.step_s(batching.num_microbatches) for price in prices]),
             np.array([price.memory.resident_bytes for price in prices], np.int64),
@@ -109,7 +154,6 @@ class ChainBuilder:
             tuple(examples),
             tuple(signatures(plan, wiring.tied) for plan in plans),
         )
-        return self._prune(table) if self.space.applies(Rule.DOMINATED) else table
 
     def _candidates(self, kind: int, batching: Batching) -> tuple[LayerStrategy, ...]:
         key = (kind, batching.microbatch)
@@ -122,23 +166,6 @@ class ChainBuilder:
                 pruned=self.pruned,
             )
         return self._strategies[key]
-
-    def _prune(self, table: _Table) -> _Table:
-        ties: dict[tuple, int] = {}
-        for tie in table.ties:
-            ties.setdefault(tuple(sorted(tie.items())), len(ties))
-        group = np.array([ties[tuple(sorted(tie.items()))] for tie in table.ties])
-        keep = np.flatnonzero(~dominated(table, group))
-        self.pruned[Rule.DOMINATED] += len(group) - len(keep)
-        return _Table(
-            tuple(table.strategies[i] for i in keep),
-            table.seconds[keep],
-            table.resident_bytes[keep],
-            table.workspace_bytes[keep],
-            table.boundary[keep],
-            table.examples,
-            tuple(table.ties[i] for i in keep),
-        )
 
     def _move(self, before: _Slot, here: _Slot, tables: dict[_Slot, _Table], batching: Batching) -> np.ndarray:
         key = (before, here, batching.num_microbatches)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.step import fixed_bytes
 from galvatron_jax.search.chain import Chain, Solution
-from galvatron_jax.search.layers import Outcome, fastest_seconds, smallest, solve
+from galvatron_jax.search.layers import Relaxed, close, fastest_seconds, relax, smallest
 from galvatron_jax.search.options import ChainBuilder
 from galvatron_jax.search.space import SearchSpace, batch_axes_for
 from galvatron_jax.spec.strategy import LayerStrategy
@@ -26,7 +23,7 @@ Progress = Callable[[int, int, str], None]
 class Problem:
     """One chain, with what it was made from."""
 
-    costs: CostModel
+    builder: ChainBuilder
     batching: Batching
     chain: Chain
     fixed_bytes: int
@@ -34,20 +31,19 @@ class Problem:
     bound_s: float
     """Seconds of its fastest plan with unlimited memory."""
 
+    @property
+    def costs(self) -> CostModel:
+        """Prices of its options."""
+        return self.builder.costs
+
     def strategies(self, solution: Solution) -> tuple[LayerStrategy, ...]:
         """One strategy per layer."""
         pairs = zip(self.chain.layers, solution.options, strict=True)
         return tuple(layer.strategies[option] for layer, option in pairs)
 
-    def restricted(self, allowed: Callable[[LayerStrategy], bool]) -> Problem:
-        """The same problem with some strategies only; a layer that has none of them keeps all."""
-        layers = {}
-        for layer in self.chain.layers:
-            if id(layer) not in layers:
-                mask = np.array([allowed(strategy) for strategy in layer.strategies])
-                layers[id(layer)] = layer.keep(mask) if mask.any() else layer
-        chain = Chain(tuple(layers[id(layer)] for layer in self.chain.layers), self.chain.moves)
-        return Problem(self.costs, self.batching, chain, self.fixed_bytes, fastest_seconds(chain))
+    def restricted(self, allowed: Callable[[LayerStrategy], bool]) -> Problem | None:
+        """The same problem with some strategies only; a layer that offers none of them keeps all."""
+        return make_problem(self.builder, self.batching, allowed)
 
 
 @dataclass(frozen=True)
@@ -99,12 +95,20 @@ def build_problems(
 
 def _problems(builder: ChainBuilder, global_batch: int, count: int) -> Iterator[Problem]:
     for axes in batch_axes_for(builder.costs.table.mesh, global_batch // count):
-        batching = Batching(global_batch, count, axes)
-        chain = builder.build(batching)
-        if chain is not None:
-            bound = fastest_seconds(chain)
-            if math.isfinite(bound):
-                yield Problem(builder.costs, batching, chain, fixed_bytes(builder.costs, batching), bound)
+        problem = make_problem(builder, Batching(global_batch, count, axes))
+        if problem is not None:
+            yield problem
+
+
+def make_problem(
+    builder: ChainBuilder, batching: Batching, allowed: Callable[[LayerStrategy], bool] | None = None
+) -> Problem | None:
+    """The problem of one way to feed the batch; None when it has no solution for any budget."""
+    chain = builder.build(batching, allowed)
+    bound = fastest_seconds(chain) if chain is not None else math.inf
+    if chain is None or not math.isfinite(bound):
+        return None
+    return Problem(builder, batching, chain, fixed_bytes(builder.costs, batching), bound)
 
 
 def fastest(
@@ -115,22 +119,30 @@ def fastest(
     exact: bool = True,
     deadline: float | None = None,
 ) -> Best | None:
-    """The fastest solution that fits, over problems sorted by bound; None when nothing fits."""
+    """The fastest solution that fits, over problems sorted by bound; None when nothing fits.
+
+    All problems are relaxed before any is closed: the best solution known by then leaves little to close.
+    """
     best, effort = None, effort or Effort()
+    relaxed: list[tuple[Problem, Relaxed]] = []
     for problem in problems:
         upper = best.solution.seconds if best is not None else math.inf
         if problem.bound_s >= upper:
             break
-        if deadline is not None and best is not None and time.monotonic() > deadline:
-            effort.proven = False
-            break
-        budget = memory_bytes - problem.fixed_bytes
-        found: Outcome = solve(problem.chain, budget_bytes=budget, upper_s=upper, exact=exact, deadline=deadline)
+        found = relax(problem.chain, budget_bytes=memory_bytes - problem.fixed_bytes, upper_s=upper)
+        relaxed.append((problem, found))
         effort.solved += 1
-        effort.labels += found.labels
-        effort.proven &= found.proven
         if found.solution is not None:
             best = Best(problem, found.solution)
+    if not exact:
+        return best
+    for problem, found in sorted(relaxed, key=lambda pair: pair[1].least_s):
+        upper = best.solution.seconds if best is not None else math.inf
+        closed = close(found, upper_s=upper, deadline=deadline)
+        effort.labels += closed.labels
+        effort.proven &= closed.proven
+        if closed.solution is not None:
+            best = Best(problem, closed.solution)
     return best
 
 
