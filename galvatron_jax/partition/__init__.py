@@ -1,6 +1,17 @@
-"""What a strategy means for one layer.
+"""The partitioner's planning half: from a layer's operations and a strategy to layouts, collectives and residuals.
 
-In: a `LayerKind`, a `LayerStrategy` and the mesh. Out: a `LayerPlan`: the layout of every value, collectives with bytes
-and groups, local FLOPs and bytes, residuals. The cost model prices it and the runtime emits it, so what is predicted is
-what runs. May import `spec`, `errors` and `units`; never JAX.
+In: `LayerKind` (its joint forward and backward program) and `LayerStrategy`. Out: `LayerPlan` for the cost model, and
+`LocalPlan`, the instructions that the runtime executes. Imports `spec` only; no JAX.
 """
+
+from galvatron_jax.partition.boundary import boundary_collectives as boundary_collectives
+from galvatron_jax.partition.boundary import boundary_steps as boundary_steps
+from galvatron_jax.partition.boundary import home_spec as home_spec
+from galvatron_jax.partition.layer_plan import BoundarySpec as BoundarySpec
+from galvatron_jax.partition.layer_plan import Collective as Collective
+from galvatron_jax.partition.layer_plan import LayerPlan as LayerPlan
+from galvatron_jax.partition.layer_plan import ParameterPlan as ParameterPlan
+from galvatron_jax.partition.layer_plan import PhasePlan as PhasePlan
+from galvatron_jax.partition.layers import LocalPlan as LocalPlan
+from galvatron_jax.partition.layers import plan_layer as plan_layer
+from galvatron_jax.partition.layers import plan_local as plan_local

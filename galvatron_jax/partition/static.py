@@ -1,0 +1,196 @@
+"""A layer program prepared for planning: everything that does not depend on the strategy, in fast plain data."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from galvatron_jax.spec.model import LayerKind, PortRole
+from galvatron_jax.spec.program import FactorKind, FactorRole, Linearity, Place, Program
+
+LOCAL_ITEMSIZE = {"bool": 1, "bfloat16": 2, "float0": 0}
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element; random keys count as 8."""
+    if dtype in LOCAL_ITEMSIZE:
+        return LOCAL_ITEMSIZE[dtype]
+    if dtype.startswith("key<"):
+        return 8
+    if dtype.startswith("float8"):
+        return 1
+    return np.dtype(dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class StaticFactor:
+    """A rule factor with flat positions (-1: not there)."""
+
+    kind: FactorKind
+    factor: int
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StaticOp:
+    """An operation with its rule in flat positions."""
+
+    index: int
+    primitive: str
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+    factors: tuple[StaticFactor, ...]
+    linearity: Linearity
+    combine: str
+    elementwise: bool
+    flops: float
+    """Per point of the product of its factors."""
+    known: bool
+    recomputed: bool
+    free: bool
+    """Whether it moves no data (a reshape, a broadcast)."""
+
+
+_FREE = frozenset({"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "iota", "copy", "stop_gradient"})
+
+
+@dataclass(frozen=True)
+class StaticProgram:
+    """A `Program` in flat positions."""
+
+    program: Program
+    positions: tuple[tuple[int, ...], ...]
+    """Per value, the factor at each flat position."""
+    dim_of: tuple[tuple[int, ...], ...]
+    """Per value, the dim of each flat position."""
+    rank: tuple[int, ...]
+    """Per value, its number of dims."""
+    itemsize: tuple[int, ...]
+    ascending: tuple[tuple[bool, ...], ...]
+    """Per value and position, whether axes stand in mesh order there (batch factors)."""
+    has_batch: tuple[bool, ...]
+    operations: tuple[StaticOp, ...]
+    roles: tuple[FactorRole, ...]
+
+    def sizes(self, growing: int | None, microbatch: int, traced_at: int) -> tuple[int, ...]:
+        """Sizes of all factors at another micro-batch."""
+        sizes = [f.size for f in self.program.factors]
+        if growing is not None and microbatch != traced_at:
+            total = math.prod(f.size for f in self.program.factors if f.role is FactorRole.BATCH)
+            rest = total // sizes[growing]
+            sizes[growing] = max(1, microbatch * total // traced_at // rest)
+        return tuple(sizes)
+
+
+def prepare(program: Program) -> StaticProgram:
+    """Flattens a program's dims and rules."""
+    offsets, positions, dim_of = [], [], []
+    for value in program.values:
+        flat, dims, starts = [], [], []
+        for dim, factors in enumerate(value.dims):
+            starts.append(len(flat))
+            flat += factors
+            dims += [dim] * len(factors)
+        offsets.append(starts)
+        positions.append(tuple(flat))
+        dim_of.append(tuple(dims))
+    roles = tuple(f.role for f in program.factors)
+
+    def flat_place(value: int, place: Place | Sequence[int] | None) -> int:
+        return -1 if place is None else offsets[value][place[0]] + place[1]
+
+    operations = []
+    for index, op in enumerate(program.operations):
+        factors = tuple(
+            StaticFactor(
+                f.kind,
+                f.factor,
+                tuple(flat_place(v, p) for v, p in zip(op.operands, f.operands, strict=True)),
+                tuple(flat_place(v, p) for v, p in zip(op.results, f.results, strict=True)),
+            )
+            for f in op.factors
+        )
+        operations.append(
+            StaticOp(
+                index, op.primitive, tuple(op.operands), tuple(op.results), factors, op.linearity, op.combine,
+                op.elementwise, op.flops_per_point, op.known, op.barrier, op.primitive in _FREE,
+            )
+        )  # fmt: skip
+    return StaticProgram(
+        program=program,
+        positions=tuple(positions),
+        dim_of=tuple(dim_of),
+        rank=tuple(len(v.dims) for v in program.values),
+        itemsize=tuple(itemsize(v.dtype) for v in program.values),
+        ascending=tuple(tuple(roles[f] is FactorRole.BATCH for f in flat) for flat in positions),
+        has_batch=tuple(any(roles[f] is FactorRole.BATCH for f in flat) for flat in positions),
+        operations=tuple(operations),
+        roles=roles,
+    )
+
+
+@dataclass(frozen=True)
+class StaticKind:
+    """A layer kind prepared for planning."""
+
+    kind: LayerKind
+    program: StaticProgram
+    parameters: tuple[int, ...]
+    """Input ports that are parameters."""
+    gradient_operations: frozenset[int]
+    """Operations that depend on a cotangent."""
+    fixed: frozenset[int]
+    """Values that depend on parameters and constants alone: never worth keeping."""
+    producer: dict[int, int]
+    """Operation that makes each value."""
+
+
+@functools.lru_cache(maxsize=256)
+def _prepare_kind(key: _ById) -> StaticKind:
+    kind = key.kind
+    program = prepare(kind.program)
+    seeds = {p.cotangent for p in kind.outputs if p.cotangent is not None}
+    varying = {p.value for p in kind.inputs if p.role is not PortRole.PARAMETER} | seeds
+    dependent, gradient = set(seeds), set()
+    producer: dict[int, int] = {}
+    fixed: set[int] = set()
+    for op in program.operations:
+        producer.update(dict.fromkeys(op.results, op.index))
+        if any(v in dependent for v in op.operands):
+            gradient.add(op.index)
+            dependent.update(op.results)
+        if any(v in varying for v in op.operands):
+            varying.update(op.results)
+        else:
+            fixed.update(op.results)
+    return StaticKind(
+        kind=kind,
+        program=program,
+        parameters=tuple(i for i, p in enumerate(kind.inputs) if p.role is PortRole.PARAMETER),
+        gradient_operations=frozenset(gradient),
+        fixed=frozenset(fixed),
+        producer=producer,
+    )
+
+
+class _ById:
+    """A kind as a cache key: by identity, since hashing a whole document is slow."""
+
+    def __init__(self, kind: LayerKind) -> None:
+        self.kind = kind
+
+    def __hash__(self) -> int:
+        return id(self.kind)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ById) and other.kind is self.kind
+
+
+def prepare_kind(kind: LayerKind) -> StaticKind:
+    """Prepares a kind once; later calls with the same object are free."""
+    return _prepare_kind(_ById(kind))
