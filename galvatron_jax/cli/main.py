@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from galvatron_jax import errors
 from galvatron_jax.cli import arguments
 from galvatron_jax.cli.output import Output, configure_logging
 from galvatron_jax.errors import GalvatronError, InfeasibleError
@@ -57,11 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return import_module(_MODULES[type(command)]).run(command, output)
     except GalvatronError as error:
         output.log.print(f"Error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
-        output.result({"error": {"type": type(error).__name__, "message": str(error)}})
+        output.result({"error": {"type": _public_name(error), "message": str(error)}})
         return FAILED if isinstance(error, InfeasibleError) else WRONG_INPUT
     except KeyboardInterrupt:
         output.say("Interrupted.")
         return INTERRUPTED
+
+
+def _public_name(error: GalvatronError) -> str:
+    """The error's class, or the nearest base of it in `galvatron_jax.errors`."""
+    return next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
 
 
 if __name__ == "__main__":

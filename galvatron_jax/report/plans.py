@@ -12,7 +12,7 @@ from galvatron_jax.report.text import facts, share, titled
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import LayerGroup, MemoryBreakdown, Plan, TimeBreakdown
 from galvatron_jax.spec.strategy import Remat, SequenceParallel
-from galvatron_jax.units import format_bytes, format_rate, format_seconds
+from galvatron_jax.units import format_bytes, format_seconds
 
 _ZERO_STAGES = ("–", "1: optimizer state", "2: + gradients", "3: + parameters")
 
@@ -71,7 +71,7 @@ def time_table(plan: Plan) -> Group:
     for row in rows:
         table.add_row(*row)
     table.add_section()
-    rate = format_rate(plan.global_batch / whole, "examples/s") if whole else "–"
+    rate = f"{plan.global_batch / whole:,.1f} examples/s" if whole else "–"
     table.add_row("step", format_seconds(whole), rate, style="bold")
     return titled(f"Predicted step time ({plan.prediction.provenance} profile): {plan_title(plan)}", table)
 
