@@ -139,7 +139,12 @@ def _attempt(request: _Request) -> _Attempt:
     ]
     effort = Effort()
     problems = build_problems(
-        models, global_batch=request.global_batch, space=request.space, effort=effort, progress=request.progress
+        models,
+        global_batch=request.global_batch,
+        memory_bytes=request.budget_bytes,
+        space=request.space,
+        effort=effort,
+        progress=request.progress,
     )
     if not problems:
         raise InputError(

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.step import fixed_bytes
 from galvatron_jax.search.chain import Chain, Solution
-from galvatron_jax.search.layers import Relaxed, close, fastest_seconds, relax, smallest
+from galvatron_jax.search.layers import TOLERANCE, Relaxed, close, fastest_seconds, relax, smallest
 from galvatron_jax.search.options import ChainBuilder
-from galvatron_jax.search.space import SearchSpace, batch_axes_for
+from galvatron_jax.search.space import Rule, SearchSpace, batch_axes_for
+from galvatron_jax.spec.profile import Provenance
 from galvatron_jax.spec.strategy import LayerStrategy
 
 Progress = Callable[[int, int, str], None]
@@ -73,7 +74,13 @@ class Effort:
 
 
 def build_problems(
-    costs: Iterable[CostModel], *, global_batch: int, space: SearchSpace, effort: Effort, progress: Progress | None
+    costs: Iterable[CostModel],
+    *,
+    global_batch: int,
+    memory_bytes: int,
+    space: SearchSpace,
+    effort: Effort,
+    progress: Progress | None,
 ) -> list[Problem]:
     """Every problem of a search, the one with the lowest bound first."""
     counts = space.microbatch_counts(global_batch)
@@ -85,12 +92,26 @@ def build_problems(
             if progress is not None:
                 message = f"planning layers for {count} micro-batch{'es' if count > 1 else ''}"
                 progress(index * len(counts) + step, len(models) * len(counts), message)
-            found += _problems(builder, global_batch, count)
+            problems = list(_problems(builder, global_batch, count))
+            found += problems
+            if _enough(problems, builder, memory_bytes):
+                effort.pruned[Rule.MICROBATCHES_ON_DEMAND] += len(counts) - step - 1
+                break
         effort.planned += model.table.planned
         effort.priced += builder.priced
         effort.estimated += builder.estimated
     effort.problems = len(found)
     return sorted(found, key=lambda problem: problem.bound_s)
+
+
+def _enough(problems: list[Problem], builder: ChainBuilder, memory_bytes: int) -> bool:
+    """Whether more micro-batches would gain nothing: the fastest plan of these fits already."""
+    derived = builder.costs.provenance == Provenance.DERIVED
+    if not (problems and derived and builder.space.applies(Rule.MICROBATCHES_ON_DEMAND)):
+        return False
+    best = min(problems, key=lambda problem: problem.bound_s)
+    found = relax(best.chain, budget_bytes=memory_bytes - best.fixed_bytes).solution
+    return found is not None and found.seconds <= best.bound_s * (1 + TOLERANCE)
 
 
 def _problems(builder: ChainBuilder, global_batch: int, count: int) -> Iterator[Problem]:

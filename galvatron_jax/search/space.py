@@ -37,11 +37,16 @@ class Rule(StrEnum):
     """Heuristic: tensor and sequence parallelism stay within a node."""
     ULYSSES_WITH_TP = "ulysses-with-tp"
     """Heuristic: one layer uses Ulysses or tensor parallelism, not both."""
+    MICROBATCHES_ON_DEMAND = "microbatches-on-demand"
+    """Heuristic, for derived times only: once the fastest plan fits, more micro-batches are not tried. A roofline never
+    gains from them; measured times may, and then all are tried."""
     AFFINE_IN_MICROBATCH = "affine-in-microbatch"
     """Heuristic: plans at three micro-batches that lie on one line stand for those between (not counted)."""
 
 
-HEURISTICS = frozenset({Rule.TP_ACROSS_NODES, Rule.ULYSSES_WITH_TP, Rule.AFFINE_IN_MICROBATCH})
+HEURISTICS = frozenset(
+    {Rule.TP_ACROSS_NODES, Rule.ULYSSES_WITH_TP, Rule.MICROBATCHES_ON_DEMAND, Rule.AFFINE_IN_MICROBATCH}
+)
 """Rules that may lose the optimum; all others are lossless."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 
@@ -15,7 +16,7 @@ from galvatron_jax.cost.step import predict
 from galvatron_jax.errors import InfeasibleError, InputError, PlanMismatchError
 from galvatron_jax.search import OptimizerMemory, Rule, SearchResult, SearchSpace, search
 from galvatron_jax.search.infeasible import NothingFitsError
-from galvatron_jax.search.space import batch_axes_for, meshes_for
+from galvatron_jax.search.space import HEURISTICS, batch_axes_for, meshes_for
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.strategy import Remat, SequenceParallel
@@ -149,7 +150,7 @@ def test_more_of_anything_is_never_slower() -> None:
     assert seconds[1] <= narrow * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in Rule if rule not in (Rule.TP_ACROSS_NODES, Rule.ULYSSES_WITH_TP)])
+@pytest.mark.parametrize("rule", sorted(set(Rule) - HEURISTICS))
 @pytest.mark.parametrize("memory", [150_000, 400_000, AMPLE])
 def test_a_lossless_rule_switched_off_changes_no_optimum(rule: Rule, memory: int) -> None:
     model, where = toy_model(3, skip=True), cluster(2, 2)
@@ -213,3 +214,40 @@ def test_time_that_has_run_out_gives_an_unproven_plan() -> None:
     result = find(toy_model(6), cluster(1, 8), memory=250_000, time_limit_s=0.0)
     assert not result.statistics.proven
     assert "not proven" in result.explain()
+
+
+def test_plans_read_off_a_line_cost_what_planning_gives() -> None:
+    model, where = toy_model(4, microbatch=64), cluster(1, 4)
+    exact = SearchSpace(disabled_rules=frozenset({Rule.AFFINE_IN_MICROBATCH}))
+    fewer = find(model, where, memory=600_000, batch=64)
+    every = find(model, where, memory=600_000, batch=64, space=exact)
+    assert fewer.plan == every.plan
+    assert fewer.statistics.planned_layers < every.statistics.planned_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class BentPlanner(FakePlanner):
+    """Takes more work than any line says at one micro-batch."""
+
+    def plan_layer(self, kind, strategy, *, mesh, microbatch, model_microbatch):
+        plan = super().plan_layer(kind, strategy, mesh=mesh, microbatch=microbatch, model_microbatch=model_microbatch)
+        return dataclasses.replace(plan, residual_bytes=2 * plan.residual_bytes) if microbatch == 16 else plan
+
+
+def test_a_line_that_misled_is_found_out_and_everything_is_planned() -> None:
+    model, where, planner = toy_model(4, microbatch=64), cluster(1, 4), BentPlanner()
+    exact = SearchSpace(disabled_rules=frozenset({Rule.AFFINE_IN_MICROBATCH}))
+    for memory in (500_000, 700_000, 900_000):
+        plan = find(model, where, memory=memory, batch=64, planner=planner).plan
+        assert plan.prediction is not None
+        assert plan.prediction.memory[0].total_bytes <= memory
+        again = price_plan(model, plan, cluster=where, optimizer=ADAM, memory_bytes=memory, planner=planner)
+        assert again == plan.prediction
+        best = find(model, where, memory=memory, batch=64, planner=planner, space=exact).prediction
+        assert best.time.step_s <= plan.prediction.time.step_s * (1 + 1e-12)
+
+
+def test_more_microbatches_are_not_tried_once_the_fastest_plan_fits() -> None:
+    ample, tight = (find(toy_model(4), cluster(1, 4), memory=memory).statistics for memory in (AMPLE, 200_000))
+    assert dict(ample.pruned)["microbatches-on-demand"] == 3
+    assert "microbatches-on-demand" not in dict(tight.pruned) or ample.problems < tight.problems
