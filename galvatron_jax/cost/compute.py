@@ -170,9 +170,11 @@ def _curves(timings: list[LayerTiming]) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def _distance(have: tuple, wanted: tuple) -> tuple:
-    """How unlike two combinations are: other remat first (it changes the program), then degrees."""
+    """How unlike two combinations are: in what backward repeats, in the kind of sp, in degrees."""
+    remats = list(Remat)
+    repeats = abs(remats.index(have[3]) - remats.index(wanted[3]))
     shards = abs(math.log(have[0] * max(1, have[1]) / (wanted[0] * max(1, wanted[1]))))
-    return have[3] is not wanted[3], have[2] is not wanted[2], shards, str(have)
+    return repeats, have[2] is not wanted[2], shards, remats.index(have[3]), have[:3]
 
 
 def _scaled(measured: float, bound: float, reference: float) -> float:
