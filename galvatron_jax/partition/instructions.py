@@ -71,6 +71,9 @@ class Residual:
 
     value: int
     version: int
+    """Its number in the forward program."""
+    backward_version: int
+    """Its number in the backward program."""
     layout: Layout
     lazy: frozenset[int]
     shape: tuple[int, ...]

@@ -59,6 +59,12 @@ class LocalPlan:
     """Per parameter port: steps from the accumulated gradient to the optimizer's layout."""
     publish: Mapping[int, tuple[Step, ...]]
     """Per parameter port: steps from the optimizer's layout back to storage, after the update."""
+    backward_reads: frozenset[int]
+    """Input ports that the backward program reads."""
+
+    def reads_input(self, port: int) -> bool:
+        """Whether the backward program reads an input port."""
+        return port in self.backward_reads
 
 
 def plan_layer(
@@ -161,9 +167,6 @@ class _LayerPlanner:
     @staticmethod
     def deliver(planner: Pass, value: int, target: Layout) -> Version:
         """Brings an output into the layout that it leaves in, all its dims whole or sharded but not lazy."""
-        held = planner.held[value]
-        if held.lazy:
-            planner.held[value] = held
         return planner.convert(value, target)
 
     # ------------------------------------------------------------------------------------------ boundary
@@ -367,7 +370,9 @@ class _LayerPlanner:
                     layout = held.layouts[number]
                     shape = forward.local_shape(value, layout, held.lazy)
                     kept.append(
-                        Residual(value, number, layout, held.lazy, shape, int(forward.local_bytes(value, number)))
+                        Residual(
+                            value, number, position, layout, held.lazy, shape, int(forward.local_bytes(value, number))
+                        )
                     )
         return tuple(kept)
 
@@ -383,10 +388,12 @@ class _LayerPlanner:
             entry, steps_sync, steps_publish = self.parameter(index, port, inputs[index], accumulated.get(index))
             parameters.append(entry)
             sync[index], publish[index] = steps_sync, steps_publish
+        delivered = {v for v, _ in versions}
+        read = frozenset(
+            i for i, p in enumerate(self.kind.inputs) if p.value in delivered or self.reads(backward, p.value)
+        )
         needed_inputs = [
-            p
-            for i, p in enumerate(self.kind.inputs)
-            if p.role is PortRole.ACTIVATION and self.reads(backward, p.value)
+            p for i, p in enumerate(self.kind.inputs) if p.role is PortRole.ACTIVATION and i in read
         ]
         residual_bytes = sum(r.bytes for r in kept) + sum(int(backward.local_bytes(p.value)) for p in needed_inputs)
         plan = LayerPlan(
@@ -405,7 +412,7 @@ class _LayerPlanner:
             static=self.static, plan=plan, axes=self.axes, sizes=self.sizes, inputs=inputs, outputs=outputs,
             forward=tuple(forward.instructions), backward=tuple(backward.instructions),
             output_versions=output_versions, residuals=kept, gradient_versions=versions, gradient_layouts=layouts,
-            sync=sync, publish=publish,
+            sync=sync, publish=publish, backward_reads=read,
         )  # fmt: skip
 
     @staticmethod

@@ -277,10 +277,9 @@ class Pass:
             if cost > 0:
                 number = None if factor is None else factor.factor
                 self.decisions.append(Decision(op.index, op.primitive, axis, number, cost))
-        operands = tuple(
-            self.convert(v, self._operand_layout(position, chosen, kept, v)) for position, v in enumerate(op.operands)
-        )
-        self._emit(op, operands, chosen, kept)
+        wanted = [self._operand_layout(position, chosen, kept, v) for position, v in enumerate(op.operands)]
+        operands = tuple(self.convert(v, layout) for v, layout in zip(op.operands, wanted, strict=True))
+        self._emit(op, operands, wanted, chosen, kept)
 
     def _operand_layout(
         self, position: int, chosen: Mapping[int, StaticFactor], kept: set[int], value: int
@@ -294,7 +293,12 @@ class Pass:
         return tuple(layout)
 
     def _emit(
-        self, op: StaticOp, operands: tuple[Version, ...], chosen: Mapping[int, StaticFactor], kept: set[int]
+        self,
+        op: StaticOp,
+        operands: tuple[Version, ...],
+        wanted: Sequence[Layout],
+        chosen: Mapping[int, StaticFactor],
+        kept: set[int],
     ) -> None:
         reduced = [a for a, f in chosen.items() if f.kind not in (FactorKind.PARALLEL, FactorKind.SCATTER_INDEX)]
         at_once = op.combine != "sum" and bool(reduced)
@@ -312,7 +316,7 @@ class Pass:
             results.append(self.hold(value, tuple(layout), lazy=lazy))
             shapes.append(self.local_shape(value, tuple(layout), lazy))
         materialise = tuple(
-            self._materialise(op, position, version) for position, version in enumerate(operands)
+            self._materialise(op, version, layout) for version, layout in zip(operands, wanted, strict=True)
         )
         names = tuple(n for a in sorted(reduced) for n in self.axes[a].names)
         self.instructions.append(
@@ -342,13 +346,12 @@ class Pass:
         real = set(self.program.dim_of[op.results[0]])
         return frozenset(dims & real)
 
-    def _materialise(self, op: StaticOp, position: int, version: Version) -> tuple[int, ...] | None:
-        value, number = version
-        held = self.held[value]
-        if not held.lazy or op.elementwise:
+    def _materialise(self, op: StaticOp, version: Version, wanted: Layout) -> tuple[int, ...] | None:
+        """Local shape to which a lazily broadcast operand is spread: every shard of a repeated dim is the same."""
+        value, _ = version
+        if not self.held[value].lazy or op.elementwise:
             return None
-        layout = held.layouts[number]
-        return self.local_shape(value, layout, frozenset())
+        return self.local_shape(value, wanted, frozenset())
 
     def _shifts(self, op: StaticOp, chosen: Mapping[int, StaticFactor]) -> tuple[IndexShift, ...]:
         """Per indexed dim that is sharded, how its indices become local."""

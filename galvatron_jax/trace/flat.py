@@ -108,6 +108,8 @@ class _Flattener:
 
     def apply(self, equation: jex.JaxprEqn, operands: list[int], recomputed: bool) -> list[int]:
         name = equation.primitive.name
+        if name == "layer_mark":
+            return operands
         if name == "iota" and len(equation.outvars[0].aval.shape) > 1:
             return [self.iota(equation, recomputed)]
         bodies: tuple[FlatProgram, ...] = ()

@@ -1,0 +1,201 @@
+"""The partitioner's emitting half: a planned program run on local arrays inside a fully manual `shard_map`.
+
+Nothing is decided here: conversions and applications come from the plan, one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from galvatron_jax.partition.instructions import Apply, Convert, Version
+from galvatron_jax.partition.layers import LocalPlan
+from galvatron_jax.partition.layout import Step, StepKind
+from galvatron_jax.runtime.binders import LocalBind, bind_local
+from galvatron_jax.trace.flat import FlatProgram
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """How steps are run: for real, or by stand-ins of the same shapes where there is no mesh."""
+
+    all_reduce: Callable[[Any, tuple[str, ...]], Any]
+    all_gather: Callable[[Any, tuple[str, ...], int, int], Any]
+    reduce_scatter: Callable[[Any, tuple[str, ...], int, int], Any]
+    all_to_all: Callable[[Any, tuple[str, ...], int, int, int], Any]
+    index: Callable[[tuple[str, ...]], Any]
+    combine: Callable[[Any, tuple[str, ...], str], Any]
+
+
+def _combine(x: Any, names: tuple[str, ...], how: str) -> Any:
+    whole = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
+    return (lax.pmax if how == "max" else lax.pmin)(whole, names).astype(x.dtype)
+
+
+REAL = Collectives(
+    all_reduce=lax.psum,
+    all_gather=lambda x, names, size, dim: lax.all_gather(x, names, axis=dim, tiled=True),
+    reduce_scatter=lambda x, names, size, dim: lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True),
+    all_to_all=lambda x, names, size, split, join: lax.all_to_all(x, names, split, join, tiled=True),
+    index=lax.axis_index,
+    combine=_combine,
+)
+
+
+def _part(x: Any, size: int, dim: int) -> Any:
+    return lax.slice_in_dim(x, 0, x.shape[dim] // size, axis=dim)
+
+
+STAND_INS = Collectives(
+    all_reduce=lambda x, names: x,
+    all_gather=lambda x, names, size, dim: jnp.concatenate([x] * size, dim),
+    reduce_scatter=lambda x, names, size, dim: _part(x, size, dim),
+    all_to_all=lambda x, names, size, split, join: jnp.concatenate([_part(x, size, split)] * size, join),
+    index=lambda names: jnp.int32(0),
+    combine=lambda x, names, how: x,
+)
+"""The local work of a program without its communication: what the profiler times."""
+
+
+def run_steps(x: Any, steps: Sequence[Step], shape: tuple[int, ...], *, via: Collectives = REAL, lead: int = 0) -> Any:
+    """Brings a local array into another layout.
+
+    Args:
+        x: local array, collapsed dim by dim, with `lead` extra leading dims that the layout does not know.
+        steps: as planned.
+        shape: local shape of the result, without the leading dims.
+        via: how collectives are run.
+        lead: number of extra leading dims (layers of a stack).
+    """
+    head = x.shape[:lead]
+    for step in steps:
+        x = jnp.reshape(x, head + step.shape)
+        split, join = step.split + lead, step.join + lead
+        if step.kind is StepKind.SLICE:
+            size = x.shape[split] // step.size
+            x = lax.dynamic_slice_in_dim(x, via.index(step.names) * size, size, axis=split)
+        elif step.kind is StepKind.ALL_REDUCE:
+            x = via.all_reduce(x, step.names)
+        elif step.kind is StepKind.ALL_GATHER:
+            x = via.all_gather(x, step.names, step.size, join)
+        elif step.kind is StepKind.REDUCE_SCATTER:
+            x = via.reduce_scatter(x, step.names, step.size, split)
+        else:
+            x = via.all_to_all(x, step.names, step.size, split, join)
+    return jnp.reshape(x, head + shape)
+
+
+@dataclass
+class Evaluator:
+    """Runs one planned program on local arrays."""
+
+    local: LocalPlan
+    flat: FlatProgram
+    via: Collectives = REAL
+    env: dict[Version, Any] = field(default_factory=dict)
+    watch: Callable[[int, Version, Any], None] | None = None
+    """Called with each operation's results (the self-check's hook)."""
+
+    def run(self, instructions: Sequence[Convert | Apply]) -> None:
+        """Executes instructions in order."""
+        for instruction in instructions:
+            if isinstance(instruction, Convert):
+                x = self.read((instruction.value, instruction.source))
+                self.env[instruction.value, instruction.target] = run_steps(
+                    x, instruction.steps, instruction.shape, via=self.via
+                )
+            else:
+                self.apply(instruction)
+
+    def read(self, version: Version) -> Any:
+        """An array by value and version; constants are at hand."""
+        if version not in self.env:
+            self.env[version] = self._constant(version[0])
+        return self.env[version]
+
+    def _constant(self, value: int) -> Any:
+        aval = self.flat.avals[value]
+        constant = self.flat.constants[value]
+        if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
+            return constant
+        return jnp.asarray(constant, aval.dtype)
+
+    def apply(self, instruction: Apply) -> None:
+        """Applies one operation."""
+        op = self.flat.operations[instruction.operation]
+        operands = [self.read(v) for v in instruction.operands]
+        operands = [
+            x if shape is None else jnp.broadcast_to(x, shape)
+            for x, shape in zip(operands, instruction.materialise, strict=True)
+        ]
+        bind = LocalBind(
+            op,
+            tuple(self.flat.avals[v].shape for v in op.operands),
+            tuple(self.flat.avals[v].shape for v in op.results),
+            instruction.shapes,
+            instruction.shifts,
+            self.via.index,
+        )
+        results = bind_local(bind, operands)
+        for version, result, shape in zip(instruction.results, results, instruction.shapes, strict=True):
+            if instruction.combine is not None:
+                result = self.via.combine(result, *instruction.combine)
+            assert jnp.shape(result) == shape, f"{op.primitive}: {jnp.shape(result)} where {shape} was planned"
+            self.env[version] = result
+            if self.watch is not None:
+                self.watch(instruction.operation, version, result)
+
+
+@dataclass(frozen=True)
+class LayerProgram:
+    """A planned layer as two functions on local arrays."""
+
+    local: LocalPlan
+    flat: FlatProgram
+    via: Collectives = REAL
+
+    def forward(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """From the input ports' arrays to the output ports' and the residuals."""
+        kind = self.local.static.kind
+        evaluator = Evaluator(self.local, self.flat, self.via)
+        evaluator.env.update({(p.value, 0): x for p, x in zip(kind.inputs, inputs, strict=True)})
+        evaluator.run(self.local.forward)
+        outputs = [
+            self._whole(evaluator.read(v), p.value, layout)
+            for v, p, layout in zip(self.local.output_versions, kind.outputs, self.local.outputs, strict=True)
+        ]
+        return outputs, [evaluator.read((r.value, r.version)) for r in self.local.residuals]
+
+    def _whole(self, x: Any, value: int, layout: tuple[int, ...]) -> Any:
+        """An output with lazily broadcast dims made whole."""
+        return jnp.broadcast_to(x, self.shape(value, layout))
+
+    def shape(self, value: int, layout: Sequence[int]) -> tuple[int, ...]:
+        """Local shape of a value under a layout, dim by dim."""
+        program, local = self.local.static.program, [1] * self.local.static.program.rank[value]
+        for position, factor in enumerate(program.positions[value]):
+            local[program.dim_of[value][position]] *= self.local.sizes[factor]
+        for axis, place in enumerate(layout):
+            if place >= 0:
+                local[program.dim_of[value][place]] //= self.local.axes.axes[axis].size
+        return tuple(local)
+
+    def backward(self, inputs: Sequence[Any], residuals: Sequence[Any], cotangents: Mapping[int, Any]) -> list[Any]:
+        """From inputs, residuals and the output ports' cotangents to gradients, in order of the input ports."""
+        kind = self.local.static.kind
+        evaluator = Evaluator(self.local, self.flat, self.via)
+        evaluator.env.update({(p.value, 0): x for p, x in zip(kind.inputs, inputs, strict=True) if x is not None})
+        for residual, x in zip(self.local.residuals, residuals, strict=True):
+            evaluator.env[residual.value, residual.backward_version] = x
+        evaluator.env.update({(kind.outputs[q].cotangent, 0): x for q, x in cotangents.items()})
+        evaluator.run(self.local.backward)
+        ports = [p for p in kind.inputs if p.gradient is not None]
+        return [
+            jnp.broadcast_to(evaluator.read(v), self.shape(p.gradient, layout))
+            for v, p, layout in zip(self.local.gradient_versions, ports, self.local.gradient_layouts, strict=True)
+        ]

@@ -1,0 +1,335 @@
+"""One micro-batch of the *local* executor: forward and backward of all runs, on local arrays.
+
+Runs inside a `shard_map` that is manual over every mesh axis. Nothing here is differentiated by JAX: each layer's
+backward program was traced with its forward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from galvatron_jax.partition.boundary import boundary_steps
+from galvatron_jax.partition.layer_plan import BoundarySpec
+from galvatron_jax.runtime.emit import LayerProgram, run_steps
+from galvatron_jax.runtime.runs import Layouts, Run, Way
+from galvatron_jax.runtime.storage import Storage
+from galvatron_jax.spec.model import PortRole
+from galvatron_jax.spec.strategy import Remat
+from galvatron_jax.trace.model import Traced
+
+Gradients = dict[tuple[int, int], Any]
+"""Local gradients by (run, port), stacked over the run's layers, sums over data axes still pending."""
+
+
+@dataclass
+class Tape:
+    """What the forward pass of a run leaves for its backward pass."""
+
+    inputs: list[Any]
+    """Per port: a value for all layers, or stacked over them; None where backward reads none."""
+    residuals: list[Any]
+
+
+@dataclass
+class MicrobatchResult:
+    """What one micro-batch gives."""
+
+    values: dict[str, Any]
+    """Loss, weight, aux and state by sink, as `ModelSpec.results` names them."""
+    gradients: Gradients
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Runs micro-batches of a planned model."""
+
+    traced: Traced
+    runs: Sequence[Run]
+    layouts: Layouts
+    storage: Storage
+    remat: Sequence[Remat] = field(default=())
+    """Per run, its rematerialisation."""
+
+    def program(self, run: Run) -> LayerProgram:
+        """The run's layer program."""
+        return LayerProgram(run.local, self.traced.programs[run.kind].flat)
+
+    # ------------------------------------------------------------------------------------------ layouts
+
+    def local_shape(self, shape: Sequence[int], spec: BoundarySpec) -> tuple[int, ...]:
+        """Local shape of a value laid out as `spec` says."""
+        mesh = self.layouts.mesh
+        return tuple(n // math.prod(mesh[a] for a in axes) for n, axes in zip(shape, spec, strict=True))
+
+    def move(self, x: Any, shape: Sequence[int], source: BoundarySpec, target: BoundarySpec, *, lead: int = 0) -> Any:
+        """Changes the layout of a local array."""
+        if source == target:
+            return x
+        steps = boundary_steps(tuple(shape), source, target, mesh=self.layouts.mesh)
+        return run_steps(x, steps, self.local_shape(shape, target), lead=lead)
+
+    def fetch(self, store: Mapping[str, Any], reference: str, target: BoundarySpec) -> Any:
+        """A waiting value in the layout that a layer wants."""
+        return self.move(store[reference], self.layouts.shapes[reference], self.layouts.specs[reference], target)
+
+    # ------------------------------------------------------------------------------------------ one micro-batch
+
+    def microbatch(
+        self, parameters: Mapping[str, Any], state: Mapping[str, Any], batch: Mapping[str, Any]
+    ) -> MicrobatchResult:
+        """Loss, new state and gradients of one micro-batch.
+
+        The gradients are those of the loss times its weight, so that sums over micro-batches stay exact.
+
+        Args:
+            parameters: local stored arrays by key.
+            state: state leaves by path, whole.
+            batch: local leaves of the micro-batch by path, their batch dim over the plan's batch axes.
+        """
+        store: dict[str, Any] = {f"batch:{k}": v for k, v in batch.items()}
+        store |= {k: v for k, v in self.traced.constants.items()}
+        self._add_state(store, state)
+        tapes = [self.forward(number, run, parameters, store) for number, run in enumerate(self.runs)]
+        values = {sink: store[reference] for sink, reference in self.traced.spec.results}
+        cotangents = {self._loss_reference(): self._seed(values)}
+        gradients: Gradients = {}
+        for number in range(len(self.runs) - 1, -1, -1):
+            self.backward(number, self.runs[number], tapes[number], cotangents, gradients)
+        return MicrobatchResult(values, gradients)
+
+    def _add_state(self, store: dict[str, Any], state: Mapping[str, Any]) -> None:
+        store |= {f"state:{k}": v for k, v in state.items()}
+        wanted = {r for run in self.runs for way in run.inputs for r in way.references if r.startswith("state:")}
+        wanted |= {r for _, r in self.traced.spec.results if r.startswith("state:")}
+        for reference in wanted - set(store):
+            path, _, index = reference.removeprefix("state:").rpartition("[")
+            store[reference] = state[path][int(index[:-1])]
+
+    def _loss_reference(self) -> str:
+        return dict(self.traced.spec.results)["loss"]
+
+    def _seed(self, values: Mapping[str, Any]) -> Any:
+        loss = values["loss"]
+        return jnp.asarray(values.get("weight", 1.0)).astype(loss.dtype)
+
+    # ------------------------------------------------------------------------------------------ forward
+
+    def forward(self, number: int, run: Run, parameters: Mapping[str, Any], store: dict[str, Any]) -> Tape:
+        """Runs the layers of a run; puts what others read into the store."""
+        inputs = [self._gather_input(number, run, port, parameters, store) for port in range(len(run.inputs))]
+        if run.length == 1:
+            outputs, residuals = self.program(run).forward(inputs)
+            for port, x in enumerate(outputs):
+                self._keep(run, port, store, [x])
+            return Tape([self._needed(run, p, x) for p, x in enumerate(inputs)], residuals)
+        return self._forward_loop(run, inputs, store)
+
+    def _gather_input(
+        self, number: int, run: Run, port: int, parameters: Mapping[str, Any], store: Mapping[str, Any]
+    ) -> Any:
+        way = run.inputs[port]
+        if (number, port) in self.storage.owned:
+            x = parameters[self.storage.owned[number, port]]
+            return self._local_parameter(run, port, x, stacked=way.way is Way.STACKED)
+        if (number, port) in self.storage.tied:
+            return self._tied_parameter(number, run, port, parameters)
+        target = run.local.plan.inputs[port]
+        if way.way is Way.STACKED:
+            return jnp.stack([self.fetch(store, r, target) for r in way.references])
+        return self.fetch(store, way.references[0], target)
+
+    def _local_parameter(self, run: Run, port: int, x: Any, *, stacked: bool) -> Any:
+        value = run.local.static.kind.inputs[port].value
+        shape = self.program(run).shape(value, run.local.inputs[port])
+        return jnp.reshape(x, x.shape[:1] + shape if stacked else shape)
+
+    def _tied_parameter(self, number: int, run: Run, port: int, parameters: Mapping[str, Any]) -> Any:
+        """A parameter that an earlier layer owns, from its layout there."""
+        group = self.storage.group(self.storage.tied[number, port])
+        reference = run.inputs[port].references[0]
+        x = parameters[group.key]
+        x = x[group.references.index(reference)] if group.stacked else x
+        wanted = spec_of(run, port, optimizer=False)
+        return self.move(x, group.shape, group.boundary(), wanted)
+
+    def _keep(self, run: Run, port: int, store: dict[str, Any], arrays: Sequence[Any]) -> None:
+        """Puts an output of each layer into the store, in the layout in which it waits."""
+        for reference, x in zip(run.outputs[port], arrays, strict=True):
+            source = run.local.plan.outputs[port]
+            target = self.layouts.specs[reference]
+            store[reference] = self.move(x, self.layouts.shapes[reference], source, target)
+
+    def _needed(self, run: Run, port: int, x: Any) -> Any:
+        return x if run.local.reads_input(port) else None
+
+    def _forward_loop(self, run: Run, inputs: list[Any], store: dict[str, Any]) -> Tape:
+        carried = [p for p, way in enumerate(run.inputs) if way.way is Way.CARRY]
+        stacked = [p for p, way in enumerate(run.inputs) if way.way is Way.STACKED]
+        outside = [q for q, outside in enumerate(run.read_outside) if outside]
+        program = self.program(run)
+
+        def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], Any]:
+            ports = dict(enumerate(inputs)) | dict(zip(carried, carry, strict=True))
+            ports |= dict(zip(stacked, slices, strict=True))
+            outputs, residuals = program.forward([ports[p] for p in range(len(inputs))])
+            waiting = [self._waiting(run, q, x) for q, x in enumerate(outputs)]
+            kept = [self._needed(run, p, ports[p]) for p in carried]
+            return [waiting[run.inputs[p].output] for p in carried], (residuals, kept, [waiting[q] for q in outside])
+
+        final, (residuals, kept, made) = lax.scan(
+            body, [inputs[p] for p in carried], [inputs[p] for p in stacked], length=run.length
+        )
+        for q, x in zip(outside, made, strict=True):
+            for index, reference in enumerate(run.outputs[q]):
+                store[reference] = x[index]
+        for p, x in zip(carried, final, strict=True):
+            store[run.outputs[run.inputs[p].output][-1]] = x
+        tape = [self._needed(run, p, x) for p, x in enumerate(inputs)]
+        for p, x in zip(carried, kept, strict=True):
+            tape[p] = x
+        return Tape(tape, residuals)
+
+    def _waiting(self, run: Run, port: int, x: Any) -> Any:
+        reference = run.outputs[port][0]
+        return self.move(
+            x, self.layouts.shapes[reference], run.local.plan.outputs[port], self.layouts.specs[reference]
+        )
+
+    # ------------------------------------------------------------------------------------------ backward
+
+    def backward(
+        self, number: int, run: Run, tape: Tape, cotangents: dict[str, Any], gradients: Gradients
+    ) -> None:
+        """Runs the layers of a run backward; takes cotangents of what it made, adds those of what it read."""
+        ports = [p for p, port in enumerate(run.local.static.kind.inputs) if port.gradient is not None]
+        if not ports:
+            return
+        if run.length == 1:
+            seeds = {q: self._seed_of(run, q, 0, cotangents) for q in self._seeded(run)}
+            tape = self._fenced(number, tape, seeds)
+            grads = self.program(run).backward(tape.inputs, tape.residuals, seeds)
+            found = dict(zip(ports, grads, strict=True))
+        else:
+            found = self._backward_loop(run, tape, cotangents, ports)
+        for p, x in found.items():
+            self._hand_back(number, run, p, x, cotangents, gradients)
+
+    def _fenced(self, number: int, tape: Tape, seeds: dict[int, Any]) -> Tape:
+        """Keeps XLA from merging what is computed again with what was computed before."""
+        if not self.remat or self.remat[number] is Remat.NONE or not seeds:
+            return tape
+        inputs, residuals, _ = lax.optimization_barrier((tape.inputs, tape.residuals, seeds))
+        return Tape(inputs, residuals)
+
+    @staticmethod
+    def _seeded(run: Run) -> list[int]:
+        return [q for q, port in enumerate(run.local.static.kind.outputs) if port.cotangent is not None]
+
+    def _seed_of(self, run: Run, port: int, index: int, cotangents: Mapping[str, Any]) -> Any:
+        """The cotangent of an output in the layer's own layout; zero where nothing came back."""
+        reference = run.outputs[port][index]
+        shape, target = self.layouts.shapes[reference], run.local.plan.outputs[port]
+        if reference not in cotangents:
+            dtype = self.traced.avals[reference].dtype
+            return jnp.zeros(self.local_shape(shape, target), dtype)
+        return self.move(cotangents[reference], shape, self.layouts.specs[reference], target)
+
+    def _hand_back(
+        self, number: int, run: Run, port: int, x: Any, cotangents: dict[str, Any], gradients: Gradients
+    ) -> None:
+        way = run.inputs[port]
+        if run.local.static.kind.inputs[port].role is PortRole.PARAMETER:
+            gradients[number, port] = x
+            return
+        source = run.local.plan.inputs[port]
+        arrays = x if way.way is Way.STACKED and run.length > 1 else [x]
+        references = way.references if way.way is Way.STACKED else way.references[:1]
+        for reference, y in zip(references, arrays, strict=True):
+            if not reference.startswith("value:"):
+                continue
+            y = self.move(y, self.layouts.shapes[reference], source, self.layouts.specs[reference])
+            cotangents[reference] = cotangents[reference] + y if reference in cotangents else y
+
+    def _backward_loop(
+        self, run: Run, tape: Tape, cotangents: Mapping[str, Any], ports: Sequence[int]
+    ) -> dict[int, Any]:
+        ways = run.inputs
+        carried = [p for p in ports if ways[p].way is Way.CARRY]
+        feeds = {ways[p].output: p for p in carried}
+        shared = [p for p in ports if ways[p].way is Way.SHARED]
+        stacked = [p for p in ports if ways[p].way is Way.STACKED]
+        seeded = self._seeded(run)
+        looped = [p for p, way in enumerate(ways) if way.way is not Way.SHARED]
+        extras = {q: x for q in seeded if (x := self._stacked_seeds(run, q, cotangents, q in feeds)) is not None}
+        program = self.program(run)
+
+        def body(carry: tuple[dict, list], xs: tuple[list, list, dict]) -> tuple[tuple[dict, list], list]:
+            back, sums = carry
+            slices, residuals, outer = xs
+            inputs = list(tape.inputs)
+            for p, x in zip(looped, slices, strict=True):
+                inputs[p] = x
+            seeds = {q: self._back(run, q, back[q]) for q in back}
+            for q, x in outer.items():
+                seeds[q] = seeds[q] + x if q in seeds else x
+            grads = dict(zip(ports, program.backward(inputs, residuals, seeds), strict=True))
+            back = {ways[p].output: grads[p] for p in carried}
+            sums = [a + grads[p] for a, p in zip(sums, shared, strict=True)]
+            return (back, sums), [grads[p] for p in stacked]
+
+        first = {q: self._last_seed(run, q, cotangents) for q in feeds}
+        zeros = [self._zero_gradient(run, p) for p in shared]
+        (back, sums), slices = lax.scan(
+            body,
+            (first, zeros),
+            ([tape.inputs[p] for p in looped], tape.residuals, extras),
+            length=run.length,
+            reverse=True,
+        )
+        found = {p: back[ways[p].output] for p in carried}
+        return found | dict(zip(shared, sums, strict=True)) | dict(zip(stacked, slices, strict=True))
+
+    def _zero_gradient(self, run: Run, port: int) -> Any:
+        ports = [p for p, x in enumerate(run.local.static.kind.inputs) if x.gradient is not None]
+        value = run.local.static.kind.inputs[port].gradient
+        layout = run.local.gradient_layouts[ports.index(port)]
+        return jnp.zeros(
+            self.program(run).shape(value, layout), self.traced.programs[run.kind].flat.avals[value].dtype
+        )
+
+    def _last_seed(self, run: Run, port: int, cotangents: Mapping[str, Any]) -> Any:
+        """Cotangent of the last layer's carried output, in the layout in which it waits."""
+        reference = run.outputs[port][-1]
+        if reference in cotangents:
+            return cotangents[reference]
+        shape = self.local_shape(self.layouts.shapes[reference], self.layouts.specs[reference])
+        return jnp.zeros(shape, self.traced.avals[reference].dtype)
+
+    def _back(self, run: Run, port: int, x: Any) -> Any:
+        reference = run.outputs[port][0]
+        return self.move(
+            x, self.layouts.shapes[reference], self.layouts.specs[reference], run.local.plan.outputs[port]
+        )
+
+    def _stacked_seeds(self, run: Run, port: int, cotangents: Mapping[str, Any], carried: bool) -> Any | None:
+        """Cotangents from outside the run, stacked over its layers; None when there are none."""
+        last = run.length - 1
+        own = [r for i, r in enumerate(run.outputs[port]) if r in cotangents and not (carried and i == last)]
+        if not own and carried:
+            return None
+        rest = {r: x for r, x in cotangents.items() if r in own}
+        return jnp.stack([self._seed_of(run, port, i, rest) for i in range(run.length)])
+
+
+def spec_of(run: Run, port: int, *, optimizer: bool) -> BoundarySpec:
+    """A parameter's layout at a port, dim by dim; tied parameters only."""
+    entry = next(e for e in run.local.plan.parameters if e.port == port)
+    dims = entry.optimizer if optimizer else entry.storage
+    return tuple(tuple(name for factor in dim for name in factor) for dim in dims)
+
