@@ -10,10 +10,10 @@ from typing import Any
 
 from galvatron_jax.api.clusters import LIVE, resolve_cluster
 from galvatron_jax.api.decorator import recipe_of
+from galvatron_jax.api.layer_programs import timed_layer
 from galvatron_jax.errors import InputError
 from galvatron_jax.profiler import choose_points, profile
 from galvatron_jax.runtime.data import batch_size
-from galvatron_jax.runtime.profiled import local_program
 from galvatron_jax.search import SearchSpace, meshes_for
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.mesh import mesh_shape
@@ -101,5 +101,5 @@ def measure_profile(
             found = space.strategies(kind, mesh=mesh, microbatch=microbatch, accumulates=accumulates, pruned=Counter())
             strategies |= dict.fromkeys(found)
     points = choose_points(traced.spec, list(strategies), mesh=sizes, microbatches=microbatches)
-    programs = [(point, partial(local_program, traced, point, mesh=sizes)) for point in points]
+    programs = [(point, partial(timed_layer, traced, point, mesh=sizes)) for point in points]
     return profile(traced.spec, programs, cluster=cluster, cache_dir=cache_dir, progress=progress)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from os import PathLike
 from typing import Any
 
+import flax.linen
 import jax
 import optax
 from rich.console import RenderableType
@@ -31,9 +32,10 @@ class TrainStep:
     Metrics hold the `loss`, a mean over the batch, and what the loss function's aux held.
     """
 
-    def __init__(self, planned: Planned, step: Step):
+    def __init__(self, planned: Planned, step: Step, *, default_seed: int | None = None):
         self._planned = planned
         self._step = step
+        self._default_seed = default_seed
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         """Runs one optimizer step.
@@ -57,9 +59,10 @@ class TrainStep:
         """The state before the first step: parameters, optimizer and model state, each born where it belongs.
 
         Args:
-            seed: seeds the model's generators anew; None takes them as they were when the model was built.
+            seed: seeds the generators of a decorated or a Linen model anew; None takes them as they were when the
+                model was built (0 for Linen). An undecorated NNX model keeps the values it has, whatever the seed.
         """
-        return self._step.init(seed)
+        return self._step.init(self._default_seed if seed is None else seed)
 
     def to_tree(self, state: Any) -> Any:
         """The state as a pytree that does not depend on the plan: for checkpoints, export and inspection."""
@@ -165,7 +168,8 @@ def train_step(
         progress=progress,
     )
     check_live(planned.cluster)
-    return TrainStep(planned, build_step(planned.traced, planned.plan, optimizer, devices=jax.devices()))
+    step = build_step(planned.traced, planned.plan, optimizer, devices=jax.devices())
+    return TrainStep(planned, step, default_seed=0 if isinstance(model, flax.linen.Module) else None)
 
 
 def find_plan(
