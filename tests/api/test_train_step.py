@@ -1,5 +1,6 @@
 """`train_step` end to end on eight virtual devices, and what it says to arguments that do not fit."""
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,8 @@ from galvatron_jax.models import gpt2
 from galvatron_jax.runtime.checkpoint import Checkpoints
 from galvatron_jax.spec.cluster import ClusterSpec, DeviceSpec, Link
 from galvatron_jax.spec.model import ModelSpec, Parameter
+from galvatron_jax.spec.plan import LayerGroup, MeshAxis, Plan, Stage
+from galvatron_jax.spec.strategy import LayerStrategy
 
 CONFIG = gpt2.GPT2Config(vocab_size=64, seq_length=16, width=32, num_layers=2, num_heads=4, mlp_width=64)
 BATCH = 8
@@ -99,6 +102,61 @@ def test_a_checkpoint_continues_bit_for_bit(step, tmp_path):
         state, one = step(state, batch)
         restored, other = step(restored, batch)
     assert float(one["loss"]) == float(other["loss"])
+
+
+def hand_written(**strategy):
+    groups = (LayerGroup(start=0, stop=4, strategy=LayerStrategy(**strategy)),)
+    return Plan(
+        model="GPT2",
+        mesh=tuple(MeshAxis(name=name, size=2) for name in "abc"),
+        global_batch=BATCH,
+        stages=(Stage(groups=groups),),
+        batch_axes=strategy.get("dp", ()),
+    )
+
+
+def test_a_run_can_go_on_under_another_plan(tmp_path):
+    batch = gpt2.random_batch(CONFIG, BATCH)
+    split = build(plan=hand_written(dp=("a", "b", "c"), zero=3))
+    other = build(plan=hand_written(dp=("a",), tp=("b", "c")))
+    state, _ = split(split.init(), batch)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, split.to_tree(state))
+        checkpoints.wait()
+        moved = other.from_tree(checkpoints.restore(other.to_tree(other.init())))
+    for _ in range(2):
+        state, metrics = split(state, batch)
+        moved, others = other(moved, batch)
+        assert float(others["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-5)
+
+
+def test_a_plan_written_by_hand_is_priced():
+    step = build(plan=hand_written(dp=("a", "b"), tp=("c",)))
+    assert step.plan.prediction is not None
+    assert step.plan.strategies[0].tp == ("c",)
+
+
+class LinenNet(flax.linen.Module):
+    @flax.linen.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = flax.linen.relu(flax.linen.Dense(16)(x))
+        return x
+
+
+@pytest.mark.parametrize("model", [LinenNet(), nnx.Linear(16, 16, rngs=nnx.Rngs(0))], ids=["linen", "undecorated"])
+def test_linen_models_and_undecorated_ones_train(model):
+    def loss_fn(model, batch):
+        return jnp.mean((model(batch["x"]) - 1.0) ** 2)
+
+    batch = {"x": np.random.default_rng(0).standard_normal((BATCH, 16)).astype(np.float32)}
+    step = build(model=model, loss_fn=loss_fn, example_batch=batch)
+    state = step.init()
+    losses = []
+    for _ in range(4):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
 
 
 def test_a_loss_that_is_no_scalar_is_refused():
