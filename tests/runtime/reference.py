@@ -1,0 +1,126 @@
+"""One device, no partitioner: what every plan must reproduce."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tests.models import MODELS
+
+from .matrix import MICROBATCH, traced
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.03, momentum=0.9),
+    # A gradient that is zero but for rounding must not become a full step: hence the large eps.
+    "adamw": optax.adamw(1e-2, eps=1e-3, weight_decay=0.1),
+}
+STEPS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """What training one device gives."""
+
+    losses: list[float]
+    gradients: dict[str, np.ndarray]
+    """Of the first step."""
+    parameters: dict[str, np.ndarray]
+    """After the last step."""
+    model_state: dict[str, np.ndarray]
+
+
+class EitherState(NamedTuple):
+    """State of several optimizers, of which one acts, and the gradients that came last."""
+
+    chosen: Any
+    states: tuple[Any, ...]
+    gradients: Any
+
+
+def either(*optimizers: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Several optimizers in one program, so that a plan compiles once; `EitherState.chosen` says which acts."""
+
+    def init(params: Any) -> EitherState:
+        return EitherState(
+            jnp.int32(0), tuple(o.init(params) for o in optimizers), jax.tree.map(jnp.zeros_like, params)
+        )
+
+    def update(gradients: Any, state: EitherState, params: Any = None) -> tuple[Any, EitherState]:
+        found = [o.update(gradients, s, params) for o, s in zip(optimizers, state.states, strict=True)]
+        updates = jax.tree.map(lambda *u: jnp.stack(u)[state.chosen], *[u for u, _ in found])
+        return updates, EitherState(state.chosen, tuple(s for _, s in found), gradients)
+
+    return optax.GradientTransformation(init, update)
+
+
+def batches(model: str, num_microbatches: int) -> list[dict[str, np.ndarray]]:
+    """One global batch per step."""
+    return [MODELS[model].batch(MICROBATCH * num_microbatches, seed=seed) for seed in range(STEPS)]
+
+
+@functools.cache
+def initial(model: str) -> tuple[dict, dict]:
+    """Parameters and model state, made on one device."""
+    return traced(model).functional.init(0)
+
+
+@functools.cache
+def _gradient(model: str) -> Any:
+    functional = traced(model).functional
+
+    def loss(parameters: dict, state: dict, batch: dict) -> tuple[Any, tuple]:
+        output = functional.apply(parameters, state, batch)
+        weight = jnp.float32(1) if output.weight is None else jnp.asarray(output.weight, jnp.float32)
+        return output.loss * weight.astype(output.loss.dtype), (output.loss * weight, weight, output.state)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def _step(model: str, parameters: dict, state: dict, batch: dict, num_microbatches: int) -> tuple:
+    """Loss, gradients and state of a global batch: weighted means over the micro-batches, one after another."""
+    total = weights = gradients = None
+    for number in range(num_microbatches):
+        part = {k: v.reshape(num_microbatches, -1, *v.shape[1:])[number] for k, v in batch.items()}
+        (_, (loss, weight, state)), found = _gradient(model)(parameters, state, part)
+        gradients = found if gradients is None else jax.tree.map(jnp.add, gradients, found)
+        total = loss if total is None else total + loss
+        weights = weight if weights is None else weights + weight
+    return total / weights, jax.tree.map(lambda g: g / weights.astype(g.dtype), gradients), state
+
+
+@functools.cache
+def reference(model: str, optimizer: str, num_microbatches: int) -> Trajectory:
+    """Trains one device for a few steps."""
+    parameters, state = initial(model)
+    update = _update(optimizer)
+    opt_state = OPTIMIZERS[optimizer].init(parameters)
+    losses, first = [], None
+    for batch in batches(model, num_microbatches):
+        loss, gradients, state = _step(model, parameters, state, batch, num_microbatches)
+        first = first if first is not None else gradients
+        parameters, opt_state = update(gradients, opt_state, parameters)
+        losses.append(float(loss))
+    return Trajectory(losses, to_numpy(first), to_numpy(parameters), to_numpy(state))
+
+
+@functools.cache
+def _update(optimizer: str) -> Any:
+    def update(gradients: dict, opt_state: Any, parameters: dict) -> tuple[dict, Any]:
+        updates, opt_state = OPTIMIZERS[optimizer].update(gradients, opt_state, parameters)
+        return optax.apply_updates(parameters, updates), opt_state
+
+    return jax.jit(update)
+
+
+def to_numpy(tree: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays by path; random keys as their data."""
+    return {
+        path: np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+        for path, x in tree.items()
+    }

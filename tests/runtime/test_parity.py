@@ -1,0 +1,98 @@
+"""Every kind of plan gives what one device gives: the spine of the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from galvatron_jax.runtime.step import State, Step
+from tests.models import MODELS
+
+from .matrix import PLANS, Case, parameters
+from .reference import OPTIMIZERS, Trajectory, batches, either, initial, reference, to_numpy
+
+TOLERANCE = 1e-5
+"""Of the norm of a difference, relative to the norm of the reference, per leaf, in fp32."""
+
+
+@pytest.fixture(autouse=True)
+def full_precision() -> Iterator[None]:
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def differences(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Relative differences of the leaves that differ by more than the tolerance."""
+    assert set(found) == set(wanted)
+    errors = {}
+    for path, reference_leaf in wanted.items():
+        leaf = found[path]
+        assert leaf.shape == reference_leaf.shape
+        assert leaf.dtype == reference_leaf.dtype
+        if not np.issubdtype(leaf.dtype, np.floating):
+            errors[path] = 0.0 if np.array_equal(leaf, reference_leaf) else np.inf
+            continue
+        norm = np.linalg.norm(reference_leaf.astype(np.float64))
+        errors[path] = np.linalg.norm(leaf.astype(np.float64) - reference_leaf) / max(norm, 1e-30)
+    return {path: error for path, error in errors.items() if not error <= TOLERANCE}
+
+
+def place(step: Step, parameters: dict, model_state: dict) -> State:
+    """A state made on one device, spread as the plan wants it (cheaper than compiling `Step.init`)."""
+    params = step.storage.pack(parameters)
+    state = {
+        "params": params,
+        "opt_state": step.optimizer_program.init(params),
+        "model_state": model_state,
+        "step": jnp.int32(0),
+    }
+    return jax.device_put(state, jax.tree.map(lambda s: s.sharding, step.state_shapes))
+
+
+def train(step: Step, begin: State, case: Case, optimizer: str) -> Trajectory:
+    """What the plan gives for what the reference does."""
+    state = jax.tree.map(jnp.copy, begin)  # The step donates its argument.
+    chosen = jax.device_put(np.int32(list(OPTIMIZERS).index(optimizer)), state["opt_state"].chosen.sharding)
+    state["opt_state"] = state["opt_state"]._replace(chosen=chosen)
+    losses, first = [], None
+    for batch in batches(case.model, case.num_microbatches):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+        if first is None:
+            first = to_numpy(step.storage.unpack(state["opt_state"].gradients, list(step.traced.functional.parameters)))
+    assert int(state["step"]) == len(losses)
+    return Trajectory(losses, first, to_numpy(step.parameters(state)), to_numpy(state["model_state"]))
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("case", parameters())
+def test_a_plan_trains_as_one_device_does(case: Case) -> None:
+    step = case.build(either(*OPTIMIZERS.values()))
+    begin = place(step, *initial(case.model))
+    for optimizer in OPTIMIZERS:
+        wanted = reference(case.model, optimizer, case.num_microbatches)
+        found = train(step, begin, case, optimizer)
+        np.testing.assert_allclose(found.losses, wanted.losses, rtol=TOLERANCE, err_msg=f"loss under {optimizer}")
+        assert differences(found.gradients, wanted.gradients) == {}, "gradients"
+        assert differences(found.model_state, wanted.model_state) == {}, f"state under {optimizer}"
+        assert differences(found.parameters, wanted.parameters) == {}, f"parameters under {optimizer}"
+
+
+@pytest.mark.parametrize("case", [Case("gpt2_tied_dropout", "zeros"), Case("batchnorm_net", "tp4-zero3")], ids=str)
+def test_a_state_born_sharded_is_the_one_born_on_one_device(case: Case) -> None:
+    step = case.build(optax.sgd(0.1))
+    state = step.init(0)
+    wanted = initial(case.model)
+    assert differences(to_numpy(step.parameters(state)), to_numpy(wanted[0])) == {}
+    assert differences(to_numpy(state["model_state"]), to_numpy(wanted[1])) == {}
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda s: s.sharding, step.state_shapes)
+
+
+def test_every_model_has_three_unlike_plans() -> None:
+    assert set(PLANS) == set(MODELS)
+    assert all(len(cycles) >= 3 for cycles in PLANS.values())
