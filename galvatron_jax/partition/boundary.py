@@ -27,16 +27,22 @@ def _boundary_steps(
         return ()
     order = [name for name, _ in mesh]
     axes = tuple(Axis(Role.DATA, (name,), size, rank) for rank, (name, size) in enumerate(mesh))
-    ascending = tuple(
-        _ascends(a, order) if len(a) > 1 else _ascends(b, order) if len(b) > 1 else dim == 0
-        for dim, (a, b) in enumerate(zip(source, target, strict=True))
-    )
-    frame = Frame(dims, ascending)
+    ways = [_order(a, b, order) for a, b in zip(source, target, strict=True)]
+    if None in ways:
+        # The same axes in another order: no chain of single moves keeps shards contiguous.
+        whole = ((),) * len(dims)
+        return _boundary_steps(dims, source, whole, mesh) + _boundary_steps(dims, whole, target, mesh)
+    frame = Frame(dims, tuple(way == 1 for way in ways))
     return tuple(convert(axes, frame, _layout(source, order), _layout(target, order)))
 
 
-def _ascends(names: tuple[str, ...], order: list[str]) -> bool:
-    return order.index(names[0]) < order.index(names[1])
+def _order(a: tuple[str, ...], b: tuple[str, ...], order: list[str]) -> int | None:
+    """1 when both splits of a dim stand in mesh order, -1 when in reverse; None when neither."""
+    ranks = [[order.index(name) for name in names] for names in (a, b)]
+    for way in (1, -1):
+        if all(r == sorted(r, reverse=way < 0) for r in ranks):
+            return way
+    return None
 
 
 def _layout(spec: BoundarySpec, order: list[str]) -> tuple[int, ...]:

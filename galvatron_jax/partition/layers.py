@@ -61,6 +61,12 @@ class LocalPlan:
     """Per parameter port: steps from the optimizer's layout back to storage, after the update."""
     backward_reads: frozenset[int]
     """Input ports that the backward program reads."""
+    versions: Mapping[str, Mapping[int, tuple[Layout, ...]]]
+    """Per phase and value, its layouts by version."""
+
+    def layout_of(self, phase: str, version: Version) -> Layout:
+        """Layout of a version of a value in `forward` or `backward`."""
+        return self.versions[phase][version[0]][version[1]]
 
     def reads_input(self, port: int) -> bool:
         """Whether the backward program reads an input port."""
@@ -187,7 +193,8 @@ class _LayerPlanner:
         if self.is_large_activation(value):
             sequence = [p for p, f in enumerate(positions) if program.roles[f] is FactorRole.SEQUENCE]
             megatron = self.strategy.sp_kind is SequenceParallel.MEGATRON
-            for index in self.axes.of(Role.TENSOR if megatron else Role.SEQUENCE):
+            # Minor mesh axes first: sequence dims are split in reverse mesh order.
+            for index in reversed(self.axes.of(Role.TENSOR if megatron else Role.SEQUENCE)):
                 if megatron or self.strategy.sp_kind is SequenceParallel.ULYSSES:
                     self.place(layout, index, value, sequence)
         return tuple(layout)
@@ -413,6 +420,10 @@ class _LayerPlanner:
             forward=tuple(forward.instructions), backward=tuple(backward.instructions),
             output_versions=output_versions, residuals=kept, gradient_versions=versions, gradient_layouts=layouts,
             sync=sync, publish=publish, backward_reads=read,
+            versions={
+                name: {v: tuple(h.layouts) for v, h in done.held.items()}
+                for name, done in (("forward", forward), ("backward", backward))
+            },
         )  # fmt: skip
 
     @staticmethod

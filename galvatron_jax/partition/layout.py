@@ -129,16 +129,22 @@ class _Moves:
         return order_at(self.axes, self.frame, position, axis)
 
     def can_enter(self, axis: int) -> bool:
-        """Whether the axis would be the minor-most at its target, with all who stay there and nobody else."""
+        """Whether the axis would be the minor-most at its target, with all who stay there and nobody else, and its devices free."""
         position, key = self.target[axis], self.order(self.target[axis], axis)
         for other, place in enumerate(self.current):
             if other == axis:
                 continue
+            if place != NOWHERE and self.same_devices(axis, other):
+                return False
             if place == position and (self.order(position, other) > key or self.target[other] != position):
                 return False
             if self.target[other] == position and place != position and self.order(position, other) < key:
                 return False
         return True
+
+    def same_devices(self, axis: int, other: int) -> bool:
+        """Whether one axis is ZeRO's view of the other: then only one of them may be in use at a time."""
+        return self.axes[axis].mirror == other or self.axes[other].mirror == axis
 
     def can_leave(self, axis: int) -> bool:
         """Whether the axis is the minor-most at its position."""

@@ -192,7 +192,8 @@ class Pass:
         for other, taken in chosen.items():
             if taken is factor:
                 shards *= self.axes[other].size
-        if self.sizes[factor.factor] % shards:
+        size = self.sizes[factor.factor]
+        if size < shards or size % shards:
             return False
         return any(
             p >= 0 and self.program.dim_of[v][p] not in self.held[v].lazy

@@ -186,8 +186,10 @@ class Executor:
             body, [inputs[p] for p in carried], [inputs[p] for p in stacked], length=run.length
         )
         for q, x in zip(outside, made, strict=True):
+            first = self.layouts.specs[run.outputs[q][0]]
             for index, reference in enumerate(run.outputs[q]):
-                store[reference] = x[index]
+                shape, waits = self.layouts.shapes[reference], self.layouts.specs[reference]
+                store[reference] = self.move(x[index], shape, first, waits)
         for p, x in zip(carried, final, strict=True):
             store[run.outputs[run.inputs[p].output][-1]] = x
         tape = [self._needed(run, p, x) for p, x in enumerate(inputs)]

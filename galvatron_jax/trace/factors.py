@@ -233,7 +233,7 @@ class FactorAnalysis:
             linearity=rule.linearity,
             combine=rule.combine,
             elementwise=rule.elementwise,
-            flops_per_point=rule.flops_per_point * points / sharded,
+            flops_per_point=rule.flops_per_point * points / max(sharded, 1),
             known=rule.known,
             barrier=op.recomputed,
             bodies=(self.bodies[index].to_program(numbers),) if op.loop is not None else (),
