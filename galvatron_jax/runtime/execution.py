@@ -20,7 +20,6 @@ from galvatron_jax.runtime.emit import LayerProgram, run_steps
 from galvatron_jax.runtime.runs import Layouts, Run, Way
 from galvatron_jax.runtime.storage import Storage
 from galvatron_jax.spec.model import PortRole
-from galvatron_jax.spec.strategy import Remat
 from galvatron_jax.trace.model import Traced
 
 Gradients = dict[tuple[int, int], Any]
@@ -53,8 +52,8 @@ class Executor:
     runs: Sequence[Run]
     layouts: Layouts
     storage: Storage
-    remat: Sequence[Remat] = field(default=())
-    """Per run, its rematerialisation."""
+    repeats: Sequence[bool] = field(default=())
+    """Per run, whether its backward program does again what its forward did: rematerialisation, or ZeRO-3's gathers."""
 
     def program(self, run: Run) -> LayerProgram:
         """The run's layer program."""
@@ -199,15 +198,11 @@ class Executor:
 
     def _waiting(self, run: Run, port: int, x: Any) -> Any:
         reference = run.outputs[port][0]
-        return self.move(
-            x, self.layouts.shapes[reference], run.local.plan.outputs[port], self.layouts.specs[reference]
-        )
+        return self.move(x, self.layouts.shapes[reference], run.local.plan.outputs[port], self.layouts.specs[reference])
 
     # ------------------------------------------------------------------------------------------ backward
 
-    def backward(
-        self, number: int, run: Run, tape: Tape, cotangents: dict[str, Any], gradients: Gradients
-    ) -> None:
+    def backward(self, number: int, run: Run, tape: Tape, cotangents: dict[str, Any], gradients: Gradients) -> None:
         """Runs the layers of a run backward; takes cotangents of what it made, adds those of what it read."""
         ports = [p for p, port in enumerate(run.local.static.kind.inputs) if port.gradient is not None]
         if not ports:
@@ -223,8 +218,8 @@ class Executor:
             self._hand_back(number, run, p, x, cotangents, gradients)
 
     def _fenced(self, number: int, tape: Tape, seeds: dict[int, Any]) -> Tape:
-        """Keeps XLA from merging what is computed again with what was computed before."""
-        if not self.remat or self.remat[number] is Remat.NONE or not seeds:
+        """Keeps XLA from merging what is done again with what was done before, and so from keeping it in between."""
+        if not self.repeats or not self.repeats[number] or not seeds:
             return tape
         inputs, residuals, _ = lax.optimization_barrier((tape.inputs, tape.residuals, seeds))
         return Tape(inputs, residuals)
@@ -301,9 +296,7 @@ class Executor:
         ports = [p for p, x in enumerate(run.local.static.kind.inputs) if x.gradient is not None]
         value = run.local.static.kind.inputs[port].gradient
         layout = run.local.gradient_layouts[ports.index(port)]
-        return jnp.zeros(
-            self.program(run).shape(value, layout), self.traced.programs[run.kind].flat.avals[value].dtype
-        )
+        return jnp.zeros(self.program(run).shape(value, layout), self.traced.programs[run.kind].flat.avals[value].dtype)
 
     def _last_seed(self, run: Run, port: int, cotangents: Mapping[str, Any]) -> Any:
         """Cotangent of the last layer's carried output, in the layout in which it waits."""
@@ -315,9 +308,7 @@ class Executor:
 
     def _back(self, run: Run, port: int, x: Any) -> Any:
         reference = run.outputs[port][0]
-        return self.move(
-            x, self.layouts.shapes[reference], self.layouts.specs[reference], run.local.plan.outputs[port]
-        )
+        return self.move(x, self.layouts.shapes[reference], self.layouts.specs[reference], run.local.plan.outputs[port])
 
     def _stacked_seeds(self, run: Run, port: int, cotangents: Mapping[str, Any], carried: bool) -> Any | None:
         """Cotangents from outside the run, stacked over its layers; None when there are none."""
@@ -334,4 +325,3 @@ def spec_of(run: Run, port: int, *, optimizer: bool) -> BoundarySpec:
     entry = next(e for e in run.local.plan.parameters if e.port == port)
     dims = entry.optimizer if optimizer else entry.storage
     return tuple(tuple(name for factor in dim for name in factor) for dim in dims)
-

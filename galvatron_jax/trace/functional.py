@@ -196,7 +196,10 @@ def _functional_linen(module: nn.Module, loss_fn: Callable[[Any, Any], Any], bat
         "rng/count": jax.ShapeDtypeStruct((), jnp.uint32),
     }
     parameters = named_leaves(trained)
-    call = lambda: jax.eval_shape(apply, parameters, state, abstract)  # noqa: E731
+
+    def call() -> Any:
+        return jax.eval_shape(lambda *arguments: apply(*arguments).loss, parameters, state, abstract)
+
     return Functional(
         name=type(module).__name__,
         parameters=parameters,
