@@ -117,7 +117,7 @@ class FactorAnalysis:
         for index, op in enumerate(program.operations):
             if op.loop is not None:
                 self.bodies[index] = self._loop(op)
-                self.rules.append(Rule())
+                self.rules.append(Rule(known=False))
                 continue
             rule = find_rule(application_of(op, program))
             self.rules.append(rule)

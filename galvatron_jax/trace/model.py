@@ -338,7 +338,7 @@ class _Builder:
         )
         return LayerKind.model_construct(
             name=segment.name,
-            fingerprint=program_fingerprint(program, growing),
+            fingerprint=program_fingerprint(program),
             program=program,
             inputs=inputs,
             outputs=outputs,
@@ -367,15 +367,31 @@ def _analysed(joint: kinds_.JointProgram) -> Program:
     return analysis.to_program()
 
 
-def program_fingerprint(program: Program, growing: int | None) -> str:
-    """Hash of a program's structure, sizes and dtypes; the micro-batch does not enter."""
-    sizes = ["batch" if i == growing or f.role is FactorRole.BATCH else f.size for i, f in enumerate(program.factors)]
-    return kinds_.digest(
-        json.dumps(sizes),
-        json.dumps([[op.primitive, op.operands, op.results] for op in program.operations]),
-        json.dumps([[v.dims, v.dtype] for v in program.values]),
-        json.dumps([program.inputs, program.outputs]),
-    )
+def program_fingerprint(program: Program) -> str:
+    """Hash of a program's structure, sizes and dtypes; the micro-batch does not enter.
+
+    Only values that operations or ports touch count, and factors are numbered in order of use.
+    """
+    used = dict.fromkeys([*program.inputs, *program.outputs])
+    for op in program.operations:
+        used |= dict.fromkeys((*op.operands, *op.results))
+    number: dict[int, int] = {}
+    sizes: list[int | str] = []
+    values = []
+    for value in used:
+        for factor in (f for dim in program.values[value].dims for f in dim):
+            if factor not in number:
+                number[factor] = len(number)
+                known = program.factors[factor]
+                sizes.append("batch" if known.role is FactorRole.BATCH else known.size)
+        dims = [[number[f] for f in dim] for dim in program.values[value].dims]
+        values.append([dims, program.values[value].dtype])
+    rename = {value: index for index, value in enumerate(used)}
+    operations = [
+        [op.primitive, [rename[v] for v in op.operands], [rename[v] for v in op.results]] for op in program.operations
+    ]
+    ports = [[rename[v] for v in program.inputs], [rename[v] for v in program.outputs]]
+    return kinds_.digest(*map(json.dumps, (sizes, values, operations, ports)))
 
 
 def _common_path(paths: Sequence[str]) -> str:
