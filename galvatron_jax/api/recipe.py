@@ -31,7 +31,9 @@ class Recipe:
         """
         args = [_thaw(argument, seed) for argument in self._args]
         kwargs = {name: _thaw(argument, seed) for name, argument in self._kwargs.items()}
-        return self._construct(*args, **kwargs)
+        # The user's sharding annotations are read by the tracer; they need no mesh here.
+        with nnx.use_eager_sharding(False):
+            return self._construct(*args, **kwargs)
 
     def abstract(self) -> nnx.Module:
         """The module with a `jax.ShapeDtypeStruct` in place of every array."""

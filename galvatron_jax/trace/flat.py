@@ -129,9 +129,7 @@ class _Flattener:
         aval = equation.outvars[0].aval
         dimension = equation.params["dimension"]
         closed = jax.make_jaxpr(
-            lambda: jax.lax.broadcast_in_dim(
-                jax.lax.iota(aval.dtype, aval.shape[dimension]), aval.shape, (dimension,)
-            )
+            lambda: jax.lax.broadcast_in_dim(jax.lax.iota(aval.dtype, aval.shape[dimension]), aval.shape, (dimension,))
         )()
         return self.inline(closed.jaxpr, [self.constant(c) for c in closed.consts], [], recomputed=recomputed)[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +13,9 @@ from flax import nnx
 
 from galvatron_jax.errors import InputError, TraceError
 from galvatron_jax.trace import discover, marks
+
+Annotation = tuple[Any, ...]
+"""Per dim of a parameter, the name its author gave it, or None."""
 
 Leaves = dict[str, Any]
 """Leaves by path, such as `blocks/0/attn/qkv/kernel`."""
@@ -44,6 +47,8 @@ class Functional:
     """Classes of the repeated blocks (names of them, for Linen)."""
     marks: Callable[[frozenset], Any]
     """Context manager under which calls of those classes are marked."""
+    annotations: Mapping[str, Annotation] = field(default_factory=dict)
+    """The user's own sharding annotations by parameter: dims without a name stay whole under tensor parallelism."""
 
 
 def path_name(path: tuple) -> str:
@@ -148,7 +153,18 @@ def _functional_nnx(
             discover.nnx_candidates(model), sum(_bytes(leaf) for leaf in parameter_leaves)
         ),
         marks=marks.nnx_marks,
+        annotations=_nnx_annotations(parameters),
     )
+
+
+def _nnx_annotations(parameters: nnx.State) -> dict[str, Annotation]:
+    """`out_sharding` metadata of the model's variables (`nnx.with_partitioning` puts it there)."""
+    found = {}
+    for path, variable in nnx.to_flat_state(parameters):
+        names = variable.get_metadata().get("out_sharding")
+        if names is not None:
+            found["/".join(map(str, path))] = tuple(names)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ Linen
@@ -157,11 +173,15 @@ def _functional_nnx(
 def _functional_linen(module: nn.Module, loss_fn: Callable[[Any, Any], Any], batch: Any) -> Functional:
     """Trained: the `params` collection. State: the other collections, and a key with a counter for `make_rng`."""
 
+    def init_boxed(key: Any, batch: Any) -> Any:
+        return nn.init(lambda bound, batch: loss_fn(bound, batch), module)({"params": key}, batch)
+
     def init_variables(key: Any, batch: Any) -> Any:
-        return nn.unbox(nn.init(lambda bound, batch: loss_fn(bound, batch), module)({"params": key}, batch))
+        return nn.unbox(init_boxed(key, batch))
 
     abstract = jax.tree.map(_shape, batch)
-    shapes = jax.eval_shape(init_variables, jax.random.key(0), abstract)
+    boxed = jax.eval_shape(init_boxed, jax.random.key(0), abstract)
+    shapes = nn.unbox(boxed)
     trained = shapes.get("params", {})
     others = {name: tree for name, tree in shapes.items() if name != "params"}
     trained_tree, others_tree = jax.tree.structure(trained), jax.tree.structure(others)
@@ -210,7 +230,21 @@ def _functional_linen(module: nn.Module, loss_fn: Callable[[Any, Any], Any], bat
             discover.linen_candidates(module, shapes, call), sum(_bytes(leaf) for leaf in parameters.values())
         ),
         marks=marks.linen_marks,
+        annotations=_linen_annotations(boxed.get("params", {})),
     )
+
+
+def _linen_annotations(boxed: Any) -> dict[str, Annotation]:
+    """Names from `nn.with_partitioning` or `nn.with_logical_partitioning`, logical ones by the rules in force."""
+    specs = nn.get_partition_spec(boxed)
+    if nn.get_logical_axis_rules():
+        specs = nn.logical_to_mesh(specs)
+    leaves = jax.tree_util.tree_flatten_with_path(specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+    return {
+        path_name(path): tuple(spec)
+        for path, spec in leaves[0]
+        if isinstance(spec, jax.sharding.PartitionSpec) and spec
+    }
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:

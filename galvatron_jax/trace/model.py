@@ -77,9 +77,7 @@ def trace(
     avals |= {f"state:{p}": Aval(tuple(s.shape), s.dtype) for p, s in model_fn.state.items()}
     avals |= {f"batch:{p}": Aval(tuple(s.shape), s.dtype) for p, s in batch_leaves.items()}
     avals |= {source: forward.avals[v] for v, source in forward.sources.items()}
-    return Traced(
-        spec, model_fn, programs, constants, avals, jax.tree.structure(shapes), tuple(batch_leaves)
-    )
+    return Traced(spec, model_fn, programs, constants, avals, jax.tree.structure(shapes), tuple(batch_leaves))
 
 
 def microbatch_shapes(example_batch: Any, microbatch: int | None) -> Any:
@@ -130,9 +128,7 @@ def _trace_loss(model_fn: Functional, shapes: Any, *, marked: bool) -> tuple[Any
     return closed, sinks
 
 
-def _results(
-    forward: slicing.ForwardProgram, outputs: list[int], sinks: Sequence[str]
-) -> list[tuple[str, int]]:
+def _results(forward: slicing.ForwardProgram, outputs: list[int], sinks: Sequence[str]) -> list[tuple[str, int]]:
     """Sinks with their values; stacked state slice by slice."""
     results: list[tuple[str, int]] = []
     for sink, parts in zip(sinks, slicing.resolve_stacks(forward, outputs), strict=True):
@@ -239,9 +235,7 @@ class _Builder:
         prefix = _common_path([r[6:] for r in inputs if r.startswith("param:")])
         if not segment.block or not prefix:
             prefix = segment.name if not segment.block else f"{segment.name}[{index}]"
-        return Layer(
-            kind=kind, name=prefix, inputs=inputs, outputs=tuple(f"value:{v}" for v in segment.outputs)
-        )
+        return Layer(kind=kind, name=prefix, inputs=inputs, outputs=tuple(f"value:{v}" for v in segment.outputs))
 
     # ------------------------------------------------------------------------------------------------ kinds
 
@@ -270,7 +264,7 @@ class _Builder:
         unlabelled = roles.DimLabels()
         values = joint.flat.inputs[: joint.num_inputs]
         inputs = [
-            roles.Port(self._role(v), n, self.labels.get(v, unlabelled), i in joint.differentiated)
+            roles.Port(self._role(v), n, self.labels.get(v, unlabelled), i in joint.differentiated, self._annotation(v))
             for i, (v, n) in enumerate(zip(segment.inputs, values[: len(segment.inputs)], strict=True))
         ]
         inputs += [roles.Port(PortRole.CONSTANT, n, unlabelled, False) for n in values[len(values) - num_hoisted :]]
@@ -300,6 +294,10 @@ class _Builder:
                     sequence = labels.sequence if segment.block else frozenset()
                     batch = known.batch if side == "inputs" else labels.batch
                     self.labels[value] = roles.DimLabels(batch, known.sequence | sequence)
+
+    def _annotation(self, value: int) -> tuple[Any, ...]:
+        path = self.forward.sources.get(value, "").removeprefix("param:").split("[")[0]
+        return self.model_fn.annotations.get(path, ())
 
     def _role(self, value: int) -> PortRole:
         source = self.forward.sources.get(value, "value:").split(":")[0]

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from galvatron_jax.spec.model import PortRole
 from galvatron_jax.spec.program import Factor, FactorRole, Program, Value
@@ -29,6 +30,8 @@ class Port:
     value: int
     labels: DimLabels
     carries_gradient: bool
+    annotation: tuple[Any, ...] = ()
+    """For a parameter, the user's name or None per dim; empty without an annotation."""
 
 
 def assign_roles(
@@ -54,13 +57,12 @@ def assign_roles(
         f for p in (*inputs, *outputs) for dim in p.labels.sequence for f in program.values[p.value].dims[dim]
     } - batch
     roles: dict[int, FactorRole] = dict.fromkeys(parameters, FactorRole.HIDDEN)
+    roles.update(dict.fromkeys(_kept_whole(program, inputs), FactorRole.INNER))
     roles.update(dict.fromkeys(boundary & parameters, FactorRole.EMBEDDING))
     roles.update(dict.fromkeys(boundary - parameters, FactorRole.SEQUENCE))
     roles.update(dict.fromkeys(labelled, FactorRole.SEQUENCE))
     roles.update(dict.fromkeys(batch, FactorRole.BATCH))
-    factors = tuple(
-        Factor(size=f.size, role=roles.get(i, FactorRole.INNER)) for i, f in enumerate(program.factors)
-    )
+    factors = tuple(Factor(size=f.size, role=roles.get(i, FactorRole.INNER)) for i, f in enumerate(program.factors))
     growing = next((f for f in reversed(sorted(batch)) if len(batch) == 1 or _is_last(program, inputs, f)), None)
     return with_factors(program, factors), growing
 
@@ -114,6 +116,18 @@ def _batch_factors(program: Program, inputs: Iterable[Port], microbatch: int) ->
             found.add(factor)
             product *= program.factors[factor].size
     return found
+
+
+def _kept_whole(program: Program, inputs: Iterable[Port]) -> set[int]:
+    """Factors that the user's annotations leave without a name on every annotated parameter."""
+    named: set[int] = set()
+    unnamed: set[int] = set()
+    for port in inputs:
+        dims = program.values[port.value].dims
+        # A stacked parameter's annotation may name its leading dim too.
+        for dim, name in zip(reversed(dims), reversed(port.annotation), strict=False):
+            (unnamed if name is None else named).update(dim)
+    return unnamed - named
 
 
 def _is_last(program: Program, inputs: Iterable[Port], factor: int) -> bool:

@@ -417,9 +417,7 @@ def _pad(application: Application) -> Rule:
 @_rule("dynamic_slice")
 def _dynamic_slice(application: Application) -> Rule:
     operand, result = application.operand_shapes[0], application.result_shapes[0]
-    relations = [
-        _parallel(application.one(0, i), _dims(i)) for i in range(len(operand)) if operand[i] == result[i]
-    ]
+    relations = [_parallel(application.one(0, i), _dims(i)) for i in range(len(operand)) if operand[i] == result[i]]
     return Rule(tuple(relations))
 
 
@@ -427,9 +425,7 @@ def _dynamic_slice(application: Application) -> Rule:
 def _dynamic_update_slice(application: Application) -> Rule:
     operand, update = application.operand_shapes[:2]
     rest = (None,) * (len(application.operand_shapes) - 2)
-    relations = [
-        _parallel((*_dims(i, i), *rest), _dims(i)) for i in range(len(operand)) if operand[i] == update[i]
-    ]
+    relations = [_parallel((*_dims(i, i), *rest), _dims(i)) for i in range(len(operand)) if operand[i] == update[i]]
     return Rule(tuple(relations))
 
 

@@ -184,7 +184,9 @@ def resolve_stacks(program: ForwardProgram, outputs: list[int]) -> list[tuple[in
             parts = list(op.operands)
         elif op is not None and op.primitive.name == "concatenate":
             makers = [producers.get(v) for v in op.operands]
-            if all(m is not None and m.primitive.name in ("broadcast_in_dim", "reshape", "expand_dims") for m in makers):
+            if all(
+                m is not None and m.primitive.name in ("broadcast_in_dim", "reshape", "expand_dims") for m in makers
+            ):
                 inner = [m.operands[0] for m in makers]
                 shapes = {program.avals[v].shape for v in inner}
                 if shapes == {program.avals[output].shape[1:]}:
