@@ -70,7 +70,9 @@ def boundary_collectives(
     return tuple(collective(s, size, dtype) for s in steps if s.kind is not StepKind.SLICE)
 
 
-def home_spec(dims: tuple[int, ...], batch_dim: int | None, batch_axes: tuple[str, ...], mesh: Mapping[str, int]) -> BoundarySpec:
+def home_spec(
+    dims: tuple[int, ...], batch_dim: int | None, batch_axes: tuple[str, ...], mesh: Mapping[str, int]
+) -> BoundarySpec:
     """The plan-wide layout of values that cross more than one layer: the batch dim over `batch_axes`."""
     spec: list[tuple[str, ...]] = [()] * len(dims)
     if batch_dim is not None and dims[batch_dim] % math.prod(mesh[a] for a in batch_axes) == 0:

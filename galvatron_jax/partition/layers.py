@@ -85,9 +85,7 @@ def plan_layer(
         microbatch: examples of one global micro-batch.
         model_microbatch: examples at which the kind was traced (`ModelSpec.microbatch`).
     """
-    return plan_local(
-        kind, strategy, mesh=mesh, microbatch=microbatch, model_microbatch=model_microbatch
-    ).plan
+    return plan_local(kind, strategy, mesh=mesh, microbatch=microbatch, model_microbatch=model_microbatch).plan
 
 
 def plan_local(
@@ -275,9 +273,7 @@ class _LayerPlanner:
         """Whether two of the value's dims are sequences: attention scores and weights."""
         dims = self.program.dim_of[value]
         roles = self.program.roles
-        found = {
-            dims[p] for p, f in enumerate(self.program.positions[value]) if roles[f] is FactorRole.SEQUENCE
-        }
+        found = {dims[p] for p, f in enumerate(self.program.positions[value]) if roles[f] is FactorRole.SEQUENCE}
         return len(found) >= 2
 
     def needed(self, outputs: Iterable[int | None], stop: set[int]) -> tuple[set[int], set[int]]:
@@ -399,9 +395,7 @@ class _LayerPlanner:
         read = frozenset(
             i for i, p in enumerate(self.kind.inputs) if p.value in delivered or self.reads(backward, p.value)
         )
-        needed_inputs = [
-            p for i, p in enumerate(self.kind.inputs) if p.role is PortRole.ACTIVATION and i in read
-        ]
+        needed_inputs = [p for i, p in enumerate(self.kind.inputs) if p.role is PortRole.ACTIVATION and i in read]
         residual_bytes = sum(r.bytes for r in kept) + sum(int(backward.local_bytes(p.value)) for p in needed_inputs)
         plan = LayerPlan(
             forward=phase(forward, forward_set, self.program),

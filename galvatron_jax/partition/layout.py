@@ -232,9 +232,7 @@ class _Moves:
         return group
 
     def all_reduce(self) -> bool:
-        group = [
-            a for a, place in enumerate(self.current) if place == PENDING and self.target[a] == NOWHERE
-        ]
+        group = [a for a, place in enumerate(self.current) if place == PENDING and self.target[a] == NOWHERE]
         if not group:
             return False
         self.before = tuple(self.current)

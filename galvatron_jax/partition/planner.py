@@ -73,9 +73,7 @@ class Pass:
         """Sizes and order at the value's positions."""
         lazy = self.held[value].lazy
         dims = self.program.dim_of[value]
-        sizes = tuple(
-            1 if dims[p] in lazy else self.sizes[f] for p, f in enumerate(self.program.positions[value])
-        )
+        sizes = tuple(1 if dims[p] in lazy else self.sizes[f] for p, f in enumerate(self.program.positions[value]))
         return Frame(sizes, self.program.ascending[value])
 
     def local_bytes(self, value: int, version: int = 0) -> float:
@@ -139,9 +137,7 @@ class Pass:
     def _distance(cls, source: Layout, target: Layout) -> int:
         if not cls._reachable(source, target):
             return 1 << 30
-        return sum(
-            (0 if s == t else 1 if s == NOWHERE else 4) for s, t in zip(source, target, strict=True)
-        )
+        return sum((0 if s == t else 1 if s == NOWHERE else 4) for s, t in zip(source, target, strict=True))
 
     # ------------------------------------------------------------------------------------------ costs
 
@@ -179,9 +175,7 @@ class Pass:
                 best, best_cost = factor, cost
         return best, best_cost
 
-    def _admissible(
-        self, op: StaticOp, factor: StaticFactor, axis: int, chosen: Mapping[int, StaticFactor]
-    ) -> bool:
+    def _admissible(self, op: StaticOp, factor: StaticFactor, axis: int, chosen: Mapping[int, StaticFactor]) -> bool:
         if factor.kind is FactorKind.ZERO_REDUCE and not self.held[op.operands[0]].zero:
             return False
         if factor.kind in (FactorKind.INDEX, FactorKind.SCATTER_INDEX) and any(
@@ -240,9 +234,7 @@ class Pass:
         if op.linearity is Linearity.SCALE:
             if op.primitive == "div":
                 return pending[0] and self._is_scalar(op.operands[1])
-            return sum(pending) == 1 and all(
-                p or self._is_scalar(v) for p, v in zip(pending, op.operands, strict=True)
-            )
+            return sum(pending) == 1 and all(p or self._is_scalar(v) for p, v in zip(pending, op.operands, strict=True))
         return False
 
     def _is_scalar(self, value: int) -> bool:
@@ -282,9 +274,7 @@ class Pass:
         operands = tuple(self.convert(v, layout) for v, layout in zip(op.operands, wanted, strict=True))
         self._emit(op, operands, wanted, chosen, kept)
 
-    def _operand_layout(
-        self, position: int, chosen: Mapping[int, StaticFactor], kept: set[int], value: int
-    ) -> Layout:
+    def _operand_layout(self, position: int, chosen: Mapping[int, StaticFactor], kept: set[int], value: int) -> Layout:
         layout = list(self.nowhere)
         for axis, factor in chosen.items():
             layout[axis] = factor.operands[position]

@@ -31,9 +31,7 @@ class AxisPlan:
         return tuple(i for i, axis in enumerate(self.axes) if axis.role in roles)
 
 
-def plan_axes(
-    static: StaticKind, strategy: LayerStrategy, mesh: Mapping[str, int], sizes: Sequence[int]
-) -> AxisPlan:
+def plan_axes(static: StaticKind, strategy: LayerStrategy, mesh: Mapping[str, int], sizes: Sequence[int]) -> AxisPlan:
     """Logical axes of a strategy: groups of mesh axes, taken apart where a factor is too small for the group."""
     roles = static.program.roles
     batch = _with_role(roles, FactorRole.BATCH)

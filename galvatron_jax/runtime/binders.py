@@ -130,8 +130,7 @@ def _dynamic_slice(bind: LocalBind, operand: Any, *starts: Any) -> list[Any]:
 def _gather(bind: LocalBind, operand: Any, indices: Any) -> list[Any]:
     params, whole = bind.op.params, bind.operand_shapes[0]
     sizes = tuple(
-        local if size == n else size
-        for size, n, local in zip(params["slice_sizes"], whole, operand.shape, strict=True)
+        local if size == n else size for size, n, local in zip(params["slice_sizes"], whole, operand.shape, strict=True)
     )
     if not bind.shifts:
         return bind.bind(operand, indices, slice_sizes=sizes)
@@ -173,8 +172,6 @@ def _convolution(bind: LocalBind, lhs: Any, rhs: Any) -> list[Any]:
         if params[key] > 1:
             changed[key] = lhs.shape[dim] // max(1, whole[dim] // params[key])
     return bind.bind(lhs, rhs, **changed)
-
-
 
 
 def is_key(dtype: Any) -> bool:

@@ -117,9 +117,7 @@ def _readers(spec: ModelSpec) -> dict[str, set[int]]:
     return readers
 
 
-def _run(
-    spec: ModelSpec, local: LocalPlan, start: int, stop: int, readers: Mapping[str, set[int]]
-) -> Run | None:
+def _run(spec: ModelSpec, local: LocalPlan, start: int, stop: int, readers: Mapping[str, set[int]]) -> Run | None:
     """The run of these layers, or None when values pass in a way that a loop cannot follow."""
     layers = spec.layers[start:stop]
     made = {reference for layer in layers for reference in layer.outputs}
@@ -141,9 +139,7 @@ def _run(
     return Run(start, stop, spec.layers[start].kind, local, tuple(inputs), outputs, outside)
 
 
-def _input_way(
-    references: Sequence[str], outputs: Sequence[tuple[str, ...]], made: set[str]
-) -> InputWay | None:
+def _input_way(references: Sequence[str], outputs: Sequence[tuple[str, ...]], made: set[str]) -> InputWay | None:
     if len(references) > 1:
         for port, reference in enumerate(outputs[0]):
             if reference == references[1]:
