@@ -22,6 +22,7 @@ from galvatron_jax.runtime.optimizer import OptimizerProgram, make_optimizer
 from galvatron_jax.runtime.runs import Run, Way, make_runs, mesh_sizes
 from galvatron_jax.runtime.storage import Group, Storage, make_storage
 from galvatron_jax.spec.plan import Plan
+from galvatron_jax.spec.strategy import Remat
 from galvatron_jax.trace.functional import named_leaves
 from galvatron_jax.trace.model import Traced
 
@@ -65,8 +66,9 @@ def build_step(
     mesh = Mesh(np.array(devices).reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
     runs, layouts = make_runs(traced, plan)
     storage = make_storage(traced, runs)
-    remat = [plan.strategies[run.start].remat for run in runs]
-    executor = Executor(traced, runs, layouts, storage, remat)
+    strategies = [plan.strategies[run.start] for run in runs]
+    repeats = [strategy.remat is not Remat.NONE or strategy.zero == 3 for strategy in strategies]
+    executor = Executor(traced, runs, layouts, storage, repeats)
     return Step(traced, plan, optimizer, mesh, executor)
 
 
@@ -158,7 +160,9 @@ class Step:
         """A global batch as micro-batches on the devices: per leaf `(microbatches, examples, ...)`, sharded."""
         leaves = named_leaves(batch)
         if set(leaves) != set(self.traced.batch_names):
-            raise InputError(f"the batch has leaves {sorted(leaves)}, the step was built for {self.traced.batch_names}.")
+            raise InputError(
+                f"the batch has leaves {sorted(leaves)}, the step was built for {self.traced.batch_names}."
+            )
         placed = {}
         for name in self.traced.batch_names:
             shape = self.batch_shapes[name]
@@ -247,7 +251,7 @@ class Step:
     def _local(self, params: dict, model_state: dict, batch: dict) -> tuple[dict, dict, dict]:
         """All micro-batches on local arrays, then one synchronisation."""
 
-        def one(state: dict, leaves: dict) -> tuple[dict, dict, Any, Gradients]:
+        def one(state: dict, leaves: dict, *, params: dict = params) -> tuple[dict, dict, Any, Gradients]:
             result = self.executor.microbatch(params, state, leaves)
             return self._new_state(state, result.values), *self._measures(result.values), result.gradients
 
@@ -255,19 +259,21 @@ class Step:
             leaves = {name: x[0] for name, x in batch.items()}
             state, sums, weight, gradients = one(model_state, leaves)
         else:
-            state, sums, weight, gradients = self._accumulate(one, model_state, batch)
+            state, sums, weight, gradients = self._accumulate(one, params, model_state, batch)
         scale = 1.0 / weight
         metrics = {name: x * scale.astype(x.dtype) for name, x in sums.items()}
         return self._synchronise(gradients, scale), state, metrics
 
-    def _accumulate(self, one: Any, model_state: dict, batch: dict) -> tuple[dict, dict, Any, Gradients]:
+    def _accumulate(self, one: Any, params: dict, model_state: dict, batch: dict) -> tuple[dict, dict, Any, Gradients]:
         first = {name: x[0] for name, x in batch.items()}
         shapes = jax.eval_shape(one, model_state, first)[1:]
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
         def body(carry: tuple, leaves: dict) -> tuple[tuple, None]:
             state, totals = carry
-            state, *found = one(state, leaves)
+            # Tied to what changes, so that XLA does not gather ZeRO-3's parameters once, ahead of the loop.
+            held, leaves = lax.optimization_barrier((params, leaves))
+            state, *found = one(state, leaves, params=held)
             return (state, jax.tree.map(jnp.add, totals, tuple(found))), None
 
         (state, totals), _ = lax.scan(body, (model_state, zeros), batch)
@@ -375,7 +381,10 @@ class Step:
                 continue
             value = run.local.static.kind.inputs[port].value
             shape = self.executor.program(run).shape(value, run.local.inputs[port])
-            x = jnp.reshape(params[key], params[key].shape[:1] + self._collapsed(run, port) if group.stacked else self._collapsed(run, port))
+            x = jnp.reshape(
+                params[key],
+                params[key].shape[:1] + self._collapsed(run, port) if group.stacked else self._collapsed(run, port),
+            )
             x = run_steps(x, steps, shape, lead=1 if group.stacked else 0)
             found[key] = jnp.reshape(x, group.local_shape(sizes))
         return found

@@ -53,7 +53,10 @@ def either(*optimizers: optax.GradientTransformation) -> optax.GradientTransform
 
     def update(gradients: Any, state: EitherState, params: Any = None) -> tuple[Any, EitherState]:
         found = [o.update(gradients, s, params) for o, s in zip(optimizers, state.states, strict=True)]
-        updates = jax.tree.map(lambda *u: jnp.stack(u)[state.chosen], *[u for u, _ in found])
+        updates = jax.tree.map(
+            lambda *u: functools.reduce(lambda a, n: jnp.where(state.chosen == n, u[n], a), range(1, len(u)), u[0]),
+            *[u for u, _ in found],
+        )
         return updates, EitherState(state.chosen, tuple(s for _, s in found), gradients)
 
     return optax.GradientTransformation(init, update)

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from galvatron_jax.runtime.step import State, Step
+from galvatron_jax.trace.functional import named_leaves
 from tests.models import MODELS
 
 from .matrix import PLANS, Case, parameters
@@ -64,7 +65,7 @@ def train(step: Step, begin: State, case: Case, optimizer: str) -> Trajectory:
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
         if first is None:
-            first = to_numpy(step.storage.unpack(state["opt_state"].gradients, list(step.traced.functional.parameters)))
+            first = to_numpy(named_leaves(step.to_tree(state)["opt_state"].gradients))
     assert int(state["step"]) == len(losses)
     return Trajectory(losses, first, to_numpy(step.parameters(state)), to_numpy(state["model_state"]))
 

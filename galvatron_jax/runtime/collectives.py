@@ -1,0 +1,388 @@
+"""Collectives of a step three times over: as planned, as lowered, as compiled. What verification compares.
+
+All three count one train step of one device, what stands in loops as often as the loops turn.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jax.extend import core as jex
+
+from galvatron_jax.partition.boundary import boundary_collectives
+from galvatron_jax.partition.layer_plan import BoundarySpec, Collective
+from galvatron_jax.partition.layers import collective
+from galvatron_jax.partition.layout import Step as LayoutStep
+from galvatron_jax.partition.layout import StepKind
+from galvatron_jax.partition.static import itemsize
+from galvatron_jax.runtime.execution import spec_of
+from galvatron_jax.runtime.runs import Run, Way
+from galvatron_jax.runtime.step import Step
+from galvatron_jax.spec.model import PortRole
+from galvatron_jax.spec.profile import CollectiveKind
+
+
+@dataclass(frozen=True, order=True)
+class CollectiveSignature:
+    """What two collectives have in common that cost and mean the same."""
+
+    kind: str
+    """A `CollectiveKind`, or the name of an operation that no plan holds."""
+    axes: tuple[str, ...]
+    """Mesh axes of the group, in mesh order."""
+    bytes: int
+    """Of the operand on one device."""
+    dtype: str
+    """Of an element, as NumPy names it."""
+
+
+Collectives = Counter[CollectiveSignature]
+
+
+def bytes_by_group(collectives: Collectives) -> dict[tuple[str, tuple[str, ...]], int]:
+    """Total operand bytes per kind and group: what combining collectives leaves as it is."""
+    totals: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    for signature, count in collectives.items():
+        totals[signature.kind, signature.axes] += signature.bytes * count
+    return dict(totals)
+
+
+# ------------------------------------------------------------------------------------------------ as planned
+
+
+def predicted_collectives(step: Step, *, once: bool = False) -> Collectives:
+    """The collectives that the plan holds.
+
+    Args:
+        step: a step; nothing of it is traced.
+        once: count what stands in a loop once, as the text of a program shows it.
+    """
+    return _Prediction(step, once).run()
+
+
+@dataclass
+class _Prediction:
+    """Follows the executor through a step."""
+
+    step: Step
+    once: bool
+    found: Collectives = field(default_factory=Counter)
+
+    def run(self) -> Collectives:
+        plan = self.step.plan
+        self.turns = 1 if self.once else plan.num_microbatches
+        self.executor = self.step.executor
+        self.specs, self.shapes = self.executor.layouts.specs, self.executor.layouts.shapes
+        self.mesh = self.executor.layouts.mesh
+        for number, run in enumerate(self.executor.runs):
+            self.forward(number, run)
+        self.measures()
+        cotangents = {dict(self.step.traced.spec.results)["loss"]}
+        for run in reversed(self.executor.runs):
+            self.backward(run, cotangents)
+        self.turns = 1
+        for number, run in enumerate(self.executor.runs):
+            self.synchronise(number, run)
+        return +self.found
+
+    # -------------------------------------------------------------------------------------------- counting
+
+    def add(self, collectives: Iterable[Collective], times: int = 1, *, stacked: int = 1) -> None:
+        order = list(self.mesh)
+        for one in collectives:
+            size = one.bytes // one.group_size if one.kind is CollectiveKind.ALL_GATHER else one.bytes
+            axes = tuple(sorted(one.axes, key=order.index))
+            self.found[CollectiveSignature(one.kind.value, axes, size * stacked, one.dtype)] += times * self.turns
+
+    def move(
+        self, shape: Sequence[int], dtype: Any, source: BoundarySpec, target: BoundarySpec, times: int = 1
+    ) -> None:
+        if source != target:
+            self.add(boundary_collectives(tuple(shape), str(dtype), source, target, mesh=self.mesh), times)
+
+    def move_value(self, reference: str, source: BoundarySpec, target: BoundarySpec, times: int = 1) -> None:
+        if source != target:
+            self.move(self.shapes[reference], self.step.traced.avals[reference].dtype, source, target, times)
+
+    def length(self, run: Run) -> int:
+        return 1 if self.once else run.length
+
+    # -------------------------------------------------------------------------------------------- one micro-batch
+
+    def forward(self, number: int, run: Run) -> None:
+        plan, storage = run.local.plan, self.executor.storage
+        for port, way in enumerate(run.inputs):
+            if (number, port) in storage.owned:
+                continue
+            if (number, port) in storage.tied:
+                group = storage.group(storage.tied[number, port])
+                self.move(group.shape, group.dtype, group.boundary(), spec_of(run, port, optimizer=False))
+                continue
+            for reference in way.references if way.way is Way.STACKED else way.references[:1]:
+                self.move_value(reference, self.specs[reference], plan.inputs[port])
+        self.add(plan.forward.collectives, self.length(run))
+        for port, references in enumerate(run.outputs):
+            self.move_value(references[0], plan.outputs[port], self.specs[references[0]], self.length(run))
+
+    def measures(self) -> None:
+        for sink, reference in self.step.traced.spec.results:
+            if sink.split(":")[0] in ("loss", "aux") and reference in self.specs:
+                spec = self.specs[reference]
+                self.move_value(reference, spec, ((),) * len(spec))
+
+    def backward(self, run: Run, cotangents: set[str]) -> None:
+        """Seeds, the backward program, and what it hands back; `cotangents` are the references that have one."""
+        kind, plan = run.local.static.kind, run.local.plan
+        ports = [p for p, port in enumerate(kind.inputs) if port.gradient is not None]
+        if not ports:
+            return
+        carried = {run.inputs[p].output for p in ports if run.inputs[p].way is Way.CARRY and run.length > 1}
+        for port, output in enumerate(kind.outputs):
+            if output.cotangent is None:
+                continue
+            for index, reference in enumerate(run.outputs[port]):
+                last = port in carried and index == run.length - 1
+                if reference in cotangents and not last:
+                    self.move_value(reference, self.specs[reference], plan.outputs[port])
+            if port in carried:
+                first = run.outputs[port][0]
+                self.move_value(first, self.specs[first], plan.outputs[port], self.length(run))
+        self.add(plan.backward.collectives, self.length(run))
+        for port in ports:
+            if kind.inputs[port].role is not PortRole.PARAMETER:
+                self.hand_back(run, port, cotangents)
+
+    def hand_back(self, run: Run, port: int, cotangents: set[str]) -> None:
+        way = run.inputs[port]
+        for reference in way.references if way.way is Way.STACKED else way.references[:1]:
+            if reference.startswith("value:"):
+                self.move_value(reference, run.local.plan.inputs[port], self.specs[reference])
+                cotangents.add(reference)
+
+    # -------------------------------------------------------------------------------------------- once a step
+
+    def synchronise(self, number: int, run: Run) -> None:
+        storage = self.executor.storage
+        for port, way in enumerate(run.inputs):
+            if run.local.static.kind.inputs[port].role is not PortRole.PARAMETER:
+                continue
+            stacked = run.length if way.way is Way.STACKED else 1
+            if run.local.static.kind.inputs[port].gradient is not None:
+                self.steps(run, port, run.local.sync[port], stacked)
+            if (number, port) in storage.owned:
+                self.steps(run, port, run.local.publish[port], stacked)
+            elif run.local.static.kind.inputs[port].gradient is not None:
+                group = storage.group(storage.tied[number, port])
+                source = spec_of(run, port, optimizer=True)
+                self.move(group.shape, group.dtype, source, group.boundary(optimizer=True))
+
+    def steps(self, run: Run, port: int, steps: Iterable[LayoutStep], stacked: int) -> None:
+        dtype = run.local.static.program.program.values[run.local.static.kind.inputs[port].value].dtype
+        moved = [collective(s, itemsize(dtype), dtype) for s in steps if s.kind is not StepKind.SLICE]
+        self.add(moved, stacked=stacked)
+
+
+# ------------------------------------------------------------------------------------------------ as traced
+
+_PRIMITIVES = {
+    "psum": CollectiveKind.ALL_REDUCE,
+    "psum_invariant": CollectiveKind.ALL_REDUCE,
+    "pmax": CollectiveKind.ALL_REDUCE,
+    "pmin": CollectiveKind.ALL_REDUCE,
+    "all_gather": CollectiveKind.ALL_GATHER,
+    "all_gather_invariant": CollectiveKind.ALL_GATHER,
+    "reduce_scatter": CollectiveKind.REDUCE_SCATTER,
+    "all_to_all": CollectiveKind.ALL_TO_ALL,
+}
+_OTHERS = frozenset({"ppermute", "pbroadcast", "pgather", "ragged_all_to_all", "psend", "precv"})
+
+
+def traced_collectives(step: Step) -> Collectives:
+    """The collectives of the step's jaxpr."""
+    order = list(step.executor.layouts.mesh)
+    found: Collectives = Counter()
+    traced = step.jitted.trace(step.state_shapes, step.batch_shapes)
+    for equation, times in _equations(traced.jaxpr.jaxpr, 1):
+        name = equation.primitive.name
+        if name not in _PRIMITIVES and name not in _OTHERS:
+            continue
+        axes = equation.params.get("axes") or equation.params.get("axis_name") or ()
+        axes = (axes,) if isinstance(axes, str) else axes
+        kind = _PRIMITIVES[name].value if name in _PRIMITIVES else name
+        for operand in equation.invars:
+            dtype = operand.aval.dtype
+            size = math.prod(operand.aval.shape) * dtype.itemsize
+            found[CollectiveSignature(kind, tuple(sorted(axes, key=order.index)), size, str(dtype))] += times
+    return found
+
+
+def _equations(jaxpr: jex.Jaxpr, times: int) -> Iterator[tuple[jex.JaxprEqn, int]]:
+    """All equations, those of inner jaxprs too, with how often each runs."""
+    for equation in jaxpr.eqns:
+        yield equation, times
+        turns = times * equation.params["length"] if equation.primitive.name == "scan" else times
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(inner, jex.ClosedJaxpr):
+                    yield from _equations(inner.jaxpr, turns)
+                elif isinstance(inner, jex.Jaxpr):
+                    yield from _equations(inner, turns)
+
+
+# ------------------------------------------------------------------------------------------------ as lowered
+
+_LOWERED = re.compile(
+    r'"?stablehlo\.(all_reduce|all_gather|reduce_scatter|all_to_all|collective_permute|collective_broadcast)"?\('
+)
+_REPLICA_GROUPS = re.compile(r"replica_groups = dense<([^>]*)> : tensor<(\d+)x(\d+)xi64>")
+_OPERANDS = re.compile(r"\}?\) : \(([^)]*)\) ->|\}> : \(([^)]*)\) ->")
+_TENSOR = re.compile(r"tensor<((?:\d+x)*)([a-z]\w*)>")
+_ELEMENTS = {"i1": "bool", "f16": "float16", "f32": "float32", "f64": "float64", "bf16": "bfloat16"}
+
+
+def lowered_collectives(step: Step) -> Collectives:
+    """The collectives in the text of the lowered step, before any of XLA's passes; those in loops once."""
+    text = step.lowered.as_text()
+    groups = _group_table(step)
+    found: Collectives = Counter()
+    for match in _LOWERED.finditer(text):
+        replica = _REPLICA_GROUPS.search(text, match.end())
+        operands = _OPERANDS.search(text, match.end())
+        if replica is None or operands is None:
+            raise AssertionError(f"cannot read {text[match.start() : match.start() + 400]}")
+        members = np.array(_numbers(replica[1])).reshape(int(replica[2]), int(replica[3]))
+        axes = groups.get(_partition(members), ("?",))
+        for dims, element in _TENSOR.findall(operands[1] or operands[2]):
+            dtype = _ELEMENTS.get(element) or element.replace("ui", "uint").replace("i", "int", element[0] == "i")
+            size = math.prod(map(int, dims.split("x")[:-1])) * itemsize(dtype)
+            found[CollectiveSignature(match[1].replace("_", "-"), axes, size, dtype)] += 1
+    return found
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def _partition(groups: Any) -> frozenset[frozenset[int]]:
+    return frozenset(frozenset(int(n) for n in group) for group in groups)
+
+
+def _group_table(step: Step) -> Mapping[frozenset[frozenset[int]], tuple[str, ...]]:
+    """From the groups of devices along mesh axes to the axes, for every set of axes."""
+    names, shape = step.mesh.axis_names, step.mesh.devices.shape
+    positions = np.arange(math.prod(shape)).reshape(shape)
+    table = {}
+    for count in range(len(names) + 1):
+        for axes in itertools.combinations(range(len(names)), count):
+            rest = [i for i in range(len(names)) if i not in axes]
+            size = math.prod(shape[i] for i in axes)
+            table[_partition(positions.transpose(*rest, *axes).reshape(-1, size))] = tuple(names[i] for i in axes)
+    return table
+
+
+# ------------------------------------------------------------------------------------------------ as compiled
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COLLECTIVE = re.compile(
+    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)"
+    r"(-start)?\("
+)
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_HLO_TYPES = {"pred": "bool", "f16": "float16", "f32": "float32", "f64": "float64", "bf16": "bfloat16"}
+
+
+def compiled_collectives(step: Step, *, without_passes: Sequence[str] = ()) -> Collectives:
+    """The collectives of the compiled step, those in loops as often as XLA knows them to turn.
+
+    Args:
+        step: a step; compiled for this if it has not been.
+        without_passes: names of XLA passes to leave out, to see what they do.
+    """
+    options = {"xla_disable_hlo_passes": ",".join(without_passes)}
+    compiled = step.lowered.compile(compiler_options=options) if without_passes else step.compiled
+    return read_hlo(compiled.as_text(), _group_table(step))
+
+
+def read_hlo(text: str, groups: Mapping[frozenset[frozenset[int]], tuple[str, ...]]) -> Collectives:
+    """The collectives of a compiled module.
+
+    Args:
+        text: the module as XLA prints it.
+        groups: from groups of devices to mesh axes.
+    """
+    computations, entry = _computations(text)
+    found: Collectives = Counter()
+    todo = [(entry, 1)]
+    while todo:
+        name, times = todo.pop()
+        for line in computations[name]:
+            match = _COLLECTIVE.search(line)
+            if match:
+                for signature in _signatures(line, match[1], match[2], bool(match[3]), groups):
+                    found[signature] += times
+                continue
+            trips = _TRIPS.search(line)
+            turns = times * int(trips[1]) if trips and " while(" in line else times
+            called = _CALLED.findall(line)
+            called += [c.strip().lstrip("%") for b in _BRANCHES.findall(line) for c in b.split(",")]
+            todo += [(c, turns) for c in called if c in computations]
+    return found
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in text.splitlines():
+        match = _COMPUTATION.match(line)
+        if match:
+            lines = computations[match[1]] = []
+            entry = match[1] if line.startswith("ENTRY") else entry
+        else:
+            lines.append(line)
+    return computations, entry
+
+
+def _signatures(
+    line: str, result: str, kind: str, started: bool, groups: Mapping[frozenset[frozenset[int]], tuple[str, ...]]
+) -> list[CollectiveSignature]:
+    """One per array of a combined collective; an all-to-all of pieces is one of their sum."""
+    members = _replica_groups(line)
+    axes = groups.get(_partition(members), ("?",)) if members is not None else ("?",)
+    size = len(members[0]) if members is not None else 1
+    arrays = []
+    for element, dims in _SHAPE.findall(result):
+        dtype = _HLO_TYPES.get(element) or re.sub(r"^u(\d+)$", r"uint\1", re.sub(r"^s(\d+)$", r"int\1", element))
+        arrays.append((math.prod(_numbers(dims)) * itemsize(dtype), dtype))
+    if started and kind in ("all-gather", "collective-permute"):
+        arrays = arrays[len(arrays) // 2 :]  # A pair of operands and results.
+    if kind == "all-gather":
+        arrays = [(n // size, dtype) for n, dtype in arrays]
+    elif kind == "reduce-scatter":
+        arrays = [(n * size, dtype) for n, dtype in arrays]
+    elif kind == "all-to-all" and len(arrays) > 1:
+        arrays = [(sum(n for n, _ in arrays), arrays[0][1])]
+    return [CollectiveSignature(kind, axes, n, dtype) for n, dtype in arrays]
+
+
+def _replica_groups(line: str) -> list[list[int]] | None:
+    listed = _LISTED.search(line)
+    if listed:
+        return [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])]
+    iota = _IOTA.search(line)
+    if iota is None:
+        return None
+    shape, source = _numbers(iota[1]), _numbers(iota[2])
+    order = _numbers(iota[3]) if iota[3] else range(len(source))
+    return np.arange(math.prod(source)).reshape(source).transpose(*order).reshape(shape).tolist()
