@@ -39,10 +39,15 @@ def scan_counts(equation: jex.JaxprEqn) -> tuple[int, int]:
     dim more outside the body than inside.
     """
     body = equation.params["jaxpr"].jaxpr
-    scanned = sum(o.aval.ndim != i.aval.ndim for o, i in zip(equation.invars, body.invars, strict=True))
-    stacked = sum(o.aval.ndim != i.aval.ndim for o, i in zip(equation.outvars, body.outvars, strict=True))
+    scanned = sum(rank(o.aval) != rank(i.aval) for o, i in zip(equation.invars, body.invars, strict=True))
+    stacked = sum(rank(o.aval) != rank(i.aval) for o, i in zip(equation.outvars, body.outvars, strict=True))
     carried = len(equation.outvars) - stacked
     return len(equation.invars) - scanned - carried, carried
+
+
+def rank(aval: Any) -> int:
+    """Number of dims of an abstract value."""
+    return len(aval.shape)
 
 
 def bind_equation(primitive: jex.Primitive, params: Mapping[str, Any], operands: list) -> list:

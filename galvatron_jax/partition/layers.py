@@ -22,7 +22,7 @@ from galvatron_jax.partition.layout import (
     names_at,
     order_at,
 )
-from galvatron_jax.partition.planner import Pass, steps_of
+from galvatron_jax.partition.planner import Pass
 from galvatron_jax.partition.static import StaticKind, StaticProgram, itemsize, prepare_kind
 from galvatron_jax.partition.strategy_axes import (
     SMALL_PARAMETER_ELEMENTS,
@@ -63,6 +63,24 @@ class LocalPlan:
     """Input ports that the backward program reads."""
     versions: Mapping[str, Mapping[int, tuple[Layout, ...]]]
     """Per phase and value, its layouts by version."""
+
+    def input_spec(self, port: int) -> BoundarySpec:
+        """How an input port's value arrives; not for parameters."""
+        spec = self.plan.inputs[port]
+        assert spec is not None, f"port {port} is a parameter"
+        return spec
+
+    def output_spec(self, port: int) -> BoundarySpec:
+        """How an output port's value leaves."""
+        spec = self.plan.outputs[port]
+        assert spec is not None
+        return spec
+
+    def gradient_of(self, port: int) -> tuple[int, Layout]:
+        """Value and layout of an input port's gradient."""
+        ports = [(p, x.gradient) for p, x in enumerate(self.static.kind.inputs) if x.gradient is not None]
+        index = [p for p, _ in ports].index(port)
+        return ports[index][1], self.gradient_layouts[index]
 
     def layout_of(self, phase: str, version: Version) -> Layout:
         """Layout of a version of a value in `forward` or `backward`."""
@@ -149,13 +167,16 @@ class _LayerPlanner:
         )
         backward, residuals = self.backward_pass(forward, inputs, outputs, saved)
         backward.run(op for op in self.program.operations if op.index in backward_set)
-        ports = [(i, p) for i, p in enumerate(self.kind.inputs) if p.gradient is not None]
+        ports = [(i, p, p.gradient) for i, p in enumerate(self.kind.inputs) if p.gradient is not None]
         versions = tuple(
-            self.deliver(backward, p.gradient, self.gradient_layout(backward, i, p, inputs)) for i, p in ports
+            self.deliver(backward, gradient, self.gradient_layout(backward, i, p, gradient, inputs))
+            for i, p, gradient in ports
         )
         layouts = tuple(backward.held[v].layouts[n] for v, n in versions)
         kept = self.used_residuals(forward, backward, residuals, versions)
-        accumulated = {i: layout for (i, p), layout in zip(ports, layouts, strict=True) if p.role is PortRole.PARAMETER}
+        accumulated = {
+            i: layout for (i, p, _), layout in zip(ports, layouts, strict=True) if p.role is PortRole.PARAMETER
+        }
         return self.assemble(
             inputs, outputs, forward, backward, output_versions, kept, versions, layouts, accumulated, forward_set,
             backward_set,
@@ -319,26 +340,27 @@ class _LayerPlanner:
                 backward.hold(port.cotangent, layout)
         return backward, versions
 
-    def gradient_layout(self, backward: Pass, index: int, port: InputPort, inputs: Sequence[Layout]) -> Layout:
+    def gradient_layout(
+        self, backward: Pass, index: int, port: InputPort, gradient: int, inputs: Sequence[Layout]
+    ) -> Layout:
         """Activations' gradients leave as the activation came; parameters' keep sums pending until the step's end."""
         if port.role is not PortRole.PARAMETER:
             return inputs[index]
         stored = self.stored_layout(port.value, sharded=False)
-        now = backward.held[port.gradient].layouts[0]
+        now = backward.held[gradient].layouts[0]
         pending = tuple(PENDING if n == PENDING else s for n, s in zip(now, stored, strict=True))
         if self.strategy.zero >= 2:
-            return self.scattered(backward, port, pending)
+            return self.scattered(backward, port, gradient, pending)
         return pending
 
-    def scattered(self, backward: Pass, port: InputPort, layout: Layout) -> Layout:
+    def scattered(self, backward: Pass, port: InputPort, gradient: int, layout: Layout) -> Layout:
         """A gradient's layout once its data-parallel sums are spread over ZeRO's axes.
 
         ZeRO's axes are the data axes seen again: what is pending over those is pending over them. The gradient is
         first relabelled so, as a version of its own, at no cost.
         """
         optimizer = self.stored_layout(port.value, sharded=True)
-        seen = self.mirrored(backward.held[port.gradient].layouts[0])
-        backward.relabel(port.gradient, seen)
+        backward.relabel(gradient, self.mirrored(backward.held[gradient].layouts[0]))
         result = list(self.mirrored(layout))
         for index in self.axes.of(Role.STORAGE):
             result[index] = optimizer[index]
@@ -351,7 +373,7 @@ class _LayerPlanner:
         result = list(layout)
         for index in self.axes.of(Role.STORAGE):
             mirror = self.axes.axes[index].mirror
-            if layout[mirror] == PENDING:
+            if mirror is not None and layout[mirror] == PENDING:
                 result[index], result[mirror] = PENDING, NOWHERE
         return tuple(result)
 
@@ -514,7 +536,7 @@ def phase(planner: Pass, operations: set[int], program: StaticProgram) -> PhaseP
             size = program.itemsize[instruction.value]
             collectives += [collective(s, size, dtype) for s in instruction.steps if s.kind is not StepKind.SLICE]
         elif instruction.combine is not None:
-            collectives.append(_combined(planner, instruction, program))
+            collectives.append(_combined(planner, instruction, *instruction.combine, program))
     moved, peak = _traffic(planner, program)
     return PhasePlan(
         instructions=tuple(planner.instructions),
@@ -526,12 +548,12 @@ def phase(planner: Pass, operations: set[int], program: StaticProgram) -> PhaseP
     )
 
 
-def _combined(planner: Pass, instruction: Apply, program: StaticProgram) -> Collective:
-    names, how = instruction.combine
+def _combined(
+    planner: Pass, instruction: Apply, names: tuple[str, ...], how: str, program: StaticProgram
+) -> Collective:
     value = instruction.results[0][0]
     dtype = program.program.values[value].dtype
-    size = {a: x.size for x in planner.axes for a in [x.names]}
-    group = math.prod(s for n, s in size.items() if set(n) <= set(names))
+    group = math.prod(a.size for a in planner.axes if a.role is not Role.STORAGE and set(a.names) <= set(names))
     local = math.prod(instruction.shapes[0]) * (4 if dtype == "bool" else program.itemsize[value])
     return Collective(CollectiveKind.ALL_REDUCE, names, group, local, how, "int32" if dtype == "bool" else dtype)
 
@@ -570,8 +592,3 @@ def _traffic(planner: Pass, program: StaticProgram) -> tuple[float, float]:
             if uses[version] == 0 and version in alive:
                 live -= alive.pop(version)
     return moved, peak
-
-
-def layer_collectives(plan: LocalPlan) -> list[Step]:
-    """Every step of the layer's two programs."""
-    return [s for part in (plan.forward, plan.backward) for _, s in steps_of(part)]

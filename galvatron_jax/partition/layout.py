@@ -7,7 +7,7 @@ at a *position* (the flat index of one of the value's factors), nowhere, or pend
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -181,7 +181,7 @@ class _Moves:
                 return True
         return False
 
-    def _enter_together(self, first: int, same: object) -> list[int]:
+    def _enter_together(self, first: int, same: Callable[[int], bool]) -> list[int]:
         """Axes that can enter the first one's target right after it, coming from where it comes from."""
         position = self.target[first]
         group = [first]

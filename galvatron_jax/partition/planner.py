@@ -147,7 +147,7 @@ class Pass:
         now = held.layouts[0][axis]
         if target >= 0 and self.program.dim_of[value][target] in held.lazy:
             target = NOWHERE
-        if now == target or now == NOWHERE or held.zero:
+        if now in (target, NOWHERE) or held.zero:
             return 0.0
         if len(held.layouts) > 1 and any(layout[axis] == target for layout in held.layouts):
             return 0.0
@@ -231,6 +231,9 @@ class Pass:
             return pending[0] and not (op.primitive == "reduce_sum" and tensor_activation)
         if op.linearity is Linearity.ADDITIVE:
             return all(p or self.held[v].zero for p, v in zip(pending, op.operands, strict=True))
+        if op.linearity is Linearity.LAST:
+            summand = not self.program.has_batch[op.operands[-1]] and (pending[0] or self.held[op.operands[0]].zero)
+            return pending[-1] and summand and not any(pending[1:-1])
         if op.linearity is Linearity.SCALE:
             if op.primitive == "div":
                 return pending[0] and self._is_scalar(op.operands[1])

@@ -192,10 +192,15 @@ class LayerProgram:
         evaluator.env.update({(p.value, 0): x for p, x in zip(kind.inputs, inputs, strict=True) if x is not None})
         for residual, x in zip(self.local.residuals, residuals, strict=True):
             evaluator.env[residual.value, residual.backward_version] = x
-        evaluator.env.update({(kind.outputs[q].cotangent, 0): x for q, x in cotangents.items()})
+        for q, x in cotangents.items():
+            seed = kind.outputs[q].cotangent
+            assert seed is not None, f"output {q} has no cotangent"
+            evaluator.env[seed, 0] = x
         evaluator.run(self.local.backward)
-        ports = [p for p in kind.inputs if p.gradient is not None]
+        gradients = [p.gradient for p in kind.inputs if p.gradient is not None]
         return [
-            jnp.broadcast_to(evaluator.read(v), self.shape(p.gradient, layout))
-            for v, p, layout in zip(self.local.gradient_versions, ports, self.local.gradient_layouts, strict=True)
+            jnp.broadcast_to(evaluator.read(v), self.shape(gradient, layout))
+            for v, gradient, layout in zip(
+                self.local.gradient_versions, gradients, self.local.gradient_layouts, strict=True
+            )
         ]

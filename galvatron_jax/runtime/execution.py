@@ -92,7 +92,7 @@ class Executor:
             batch: local leaves of the micro-batch by path, their batch dim over the plan's batch axes.
         """
         store: dict[str, Any] = {f"batch:{k}": v for k, v in batch.items()}
-        store |= {k: v for k, v in self.traced.constants.items()}
+        store |= self.traced.constants
         self._add_state(store, state)
         tapes = [self.forward(number, run, parameters, store) for number, run in enumerate(self.runs)]
         values = {sink: store[reference] for sink, reference in self.traced.spec.results}
@@ -138,7 +138,7 @@ class Executor:
             return self._local_parameter(run, port, x, stacked=way.way is Way.STACKED)
         if (number, port) in self.storage.tied:
             return self._tied_parameter(number, run, port, parameters)
-        target = run.local.plan.inputs[port]
+        target = run.local.input_spec(port)
         if way.way is Way.STACKED:
             return jnp.stack([self.fetch(store, r, target) for r in way.references])
         return self.fetch(store, way.references[0], target)
@@ -160,7 +160,7 @@ class Executor:
     def _keep(self, run: Run, port: int, store: dict[str, Any], arrays: Sequence[Any]) -> None:
         """Puts an output of each layer into the store, in the layout in which it waits."""
         for reference, x in zip(run.outputs[port], arrays, strict=True):
-            source = run.local.plan.outputs[port]
+            source = run.local.output_spec(port)
             target = self.layouts.specs[reference]
             store[reference] = self.move(x, self.layouts.shapes[reference], source, target)
 
@@ -198,7 +198,7 @@ class Executor:
 
     def _waiting(self, run: Run, port: int, x: Any) -> Any:
         reference = run.outputs[port][0]
-        return self.move(x, self.layouts.shapes[reference], run.local.plan.outputs[port], self.layouts.specs[reference])
+        return self.move(x, self.layouts.shapes[reference], run.local.output_spec(port), self.layouts.specs[reference])
 
     # ------------------------------------------------------------------------------------------ backward
 
@@ -231,7 +231,7 @@ class Executor:
     def _seed_of(self, run: Run, port: int, index: int, cotangents: Mapping[str, Any]) -> Any:
         """The cotangent of an output in the layer's own layout; zero where nothing came back."""
         reference = run.outputs[port][index]
-        shape, target = self.layouts.shapes[reference], run.local.plan.outputs[port]
+        shape, target = self.layouts.shapes[reference], run.local.output_spec(port)
         if reference not in cotangents:
             dtype = self.traced.avals[reference].dtype
             return jnp.zeros(self.local_shape(shape, target), dtype)
@@ -244,7 +244,7 @@ class Executor:
         if run.local.static.kind.inputs[port].role is PortRole.PARAMETER:
             gradients[number, port] = x
             return
-        source = run.local.plan.inputs[port]
+        source = run.local.input_spec(port)
         arrays = x if way.way is Way.STACKED and run.length > 1 else [x]
         references = way.references if way.way is Way.STACKED else way.references[:1]
         for reference, y in zip(references, arrays, strict=True):
@@ -293,10 +293,9 @@ class Executor:
         return found | dict(zip(shared, sums, strict=True)) | dict(zip(stacked, slices, strict=True))
 
     def _zero_gradient(self, run: Run, port: int) -> Any:
-        ports = [p for p, x in enumerate(run.local.static.kind.inputs) if x.gradient is not None]
-        value = run.local.static.kind.inputs[port].gradient
-        layout = run.local.gradient_layouts[ports.index(port)]
-        return jnp.zeros(self.program(run).shape(value, layout), self.traced.programs[run.kind].flat.avals[value].dtype)
+        value, layout = run.local.gradient_of(port)
+        shape = self.program(run).shape(value, layout)
+        return jnp.zeros(shape, self.traced.programs[run.kind].flat.avals[value].dtype)
 
     def _last_seed(self, run: Run, port: int, cotangents: Mapping[str, Any]) -> Any:
         """Cotangent of the last layer's carried output, in the layout in which it waits."""
@@ -308,7 +307,7 @@ class Executor:
 
     def _back(self, run: Run, port: int, x: Any) -> Any:
         reference = run.outputs[port][0]
-        return self.move(x, self.layouts.shapes[reference], self.layouts.specs[reference], run.local.plan.outputs[port])
+        return self.move(x, self.layouts.shapes[reference], self.layouts.specs[reference], run.local.output_spec(port))
 
     def _stacked_seeds(self, run: Run, port: int, cotangents: Mapping[str, Any], carried: bool) -> Any | None:
         """Cotangents from outside the run, stacked over its layers; None when there are none."""

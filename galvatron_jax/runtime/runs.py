@@ -100,7 +100,8 @@ def make_runs(traced: Traced, plan: Plan) -> tuple[list[Run], Layouts]:
             stop += 1
         run = _run(spec, locals_[start], start, stop, readers)
         if run is None or not _loops(run, layouts):
-            runs += [_run(spec, locals_[i], i, i + 1, readers) for i in range(start, stop)]
+            singles = [_run(spec, locals_[i], i, i + 1, readers) for i in range(start, stop)]
+            runs += [single for single in singles if single is not None]
         else:
             runs.append(run)
         start = stop
@@ -157,7 +158,7 @@ def _loops(run: Run, layouts: Layouts) -> bool:
     """Whether carried values wait in the very layout in which the next layer wants them."""
     for port, way in enumerate(run.inputs):
         if way.way is Way.CARRY:
-            wanted = run.local.plan.inputs[port]
+            wanted = run.local.input_spec(port)
             if any(layouts.specs[reference] != wanted for reference in run.outputs[way.output]):
                 return False
     return True
@@ -179,7 +180,7 @@ def _layouts(traced: Traced, plan: Plan, locals_: Sequence[LocalPlan]) -> Layout
     for index, (layer, local) in enumerate(zip(spec.layers, locals_, strict=True)):
         for port, reference in enumerate(layer.outputs):
             if readers[reference] == {index + 1} and index + 1 < len(spec.layers):
-                specs[reference] = local.plan.outputs[port]
+                specs[reference] = local.output_spec(port)
             else:
                 role = local.static.kind.outputs[port].role
                 batch_dim = _batch_dim(local, local.static.kind.outputs[port].value)

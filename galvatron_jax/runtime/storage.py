@@ -1,7 +1,7 @@
 """How parameters are stored between steps: stacked per run, split where a factor inside a dim is sharded.
 
-A fused `qkv` kernel `(width, 3 · heads · head_dim)` sharded by heads is stored as `(width, 3, heads · head_dim)`: a plain
-`PartitionSpec` then shards the right factor, and no step ever reshuffles it.
+A fused `qkv` kernel `(width, 3 · heads · head_dim)` sharded by heads is stored as `(width, 3, heads · head_dim)`: a
+plain `PartitionSpec` then shards the right factor, and no step ever reshuffles it.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def _leaf(leaves: Mapping[str, Any], reference: str) -> Any:
     path = reference.split(":", 1)[1]
     if path in leaves:
         return leaves[path]
-    match = _SLICE.fullmatch(path)
-    return leaves[match[1]][int(match[2])]
+    name, _, index = path.rpartition("[")
+    return leaves[name][int(index[:-1])]
 
 
 def make_storage(traced: Traced, runs: Sequence[Run]) -> Storage:

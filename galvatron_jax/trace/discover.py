@@ -78,7 +78,7 @@ def nnx_candidates(model: nnx.Module) -> list[Candidate]:
     found = []
     for path, module in nnx.iter_modules(model):
         cls = type(module)
-        if module is model or not _users(cls) or not callable(getattr(cls, "__call__", None)):
+        if module is model or not _users(cls) or "__call__" not in dir(cls):
             continue
         leaves = jax.tree_util.tree_flatten_with_path(nnx.state(module, nnx.Param))[0]
         if leaves:

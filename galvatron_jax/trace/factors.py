@@ -44,8 +44,9 @@ def expand(dim: Sequence[Atom]) -> Dim:
     return found
 
 
-def _split(atom: Atom, major: int) -> None:
+def _split(atom: Atom, major: int) -> list[Atom]:
     atom.parts = [Atom(major), Atom(atom.size // major)]
+    return atom.parts
 
 
 def merge(left: Sequence[Atom], right: Sequence[Atom]) -> bool:
@@ -80,8 +81,7 @@ def minor_piece(dim: Sequence[Atom], size: int) -> Dim | None:
             want = size // product
             if size % product or atom.size % want:
                 return None
-            _split(atom, atom.size // want)
-            return expand([atom.parts[1], *taken])
+            return expand([_split(atom, atom.size // want)[1], *taken])
         product *= atom.size
         taken.insert(0, atom)
     return taken if product == size else None
@@ -98,8 +98,7 @@ def major_piece(dim: Sequence[Atom], size: int) -> Dim | None:
             want = size // product
             if size % product or atom.size % want:
                 return None
-            _split(atom, want)
-            return expand([*taken, atom.parts[0]])
+            return expand([*taken, _split(atom, want)[0]])
         product *= atom.size
         taken.append(atom)
     return taken if product == size else None
@@ -116,7 +115,7 @@ class FactorAnalysis:
         self._size_table: list[int] | None = None
         for index, op in enumerate(program.operations):
             if op.loop is not None:
-                self.bodies[index] = self._loop(op)
+                self.bodies[index] = self._loop(op, op.loop)
                 self.rules.append(Rule(known=False))
                 continue
             rule = find_rule(application_of(op, program))
@@ -152,9 +151,9 @@ class FactorAnalysis:
         side, size = ref.piece
         return minor_piece(whole, size) if side == "suffix" else major_piece(whole, size)
 
-    def _loop(self, op: FlatOp) -> FactorAnalysis:
+    def _loop(self, op: FlatOp, loop: tuple[int, int, int]) -> FactorAnalysis:
         """A scan: constants and carry as outside, scanned operands and stacked results without their leading dim."""
-        consts, carry, length = op.loop
+        consts, carry, length = loop
         body = FactorAnalysis(op.bodies[0])
         lead = [Atom(length)]
         for position, (outer, inner) in enumerate(zip(op.operands, op.bodies[0].inputs, strict=True)):

@@ -110,7 +110,7 @@ class _Flattener:
         name = equation.primitive.name
         if name == "layer_mark":
             return operands
-        if name == "iota" and len(equation.outvars[0].aval.shape) > 1:
+        if name == "iota" and _compat.rank(equation.outvars[0].aval) > 1:
             return [self.iota(equation, recomputed)]
         bodies: tuple[FlatProgram, ...] = ()
         loop = None
@@ -126,7 +126,7 @@ class _Flattener:
 
     def iota(self, equation: jex.JaxprEqn, recomputed: bool) -> int:
         """An iota of several dims is one of a single dim, broadcast: so its other dims cost nothing."""
-        aval = equation.outvars[0].aval
+        aval: Any = equation.outvars[0].aval
         dimension = equation.params["dimension"]
         closed = jax.make_jaxpr(
             lambda: jax.lax.broadcast_in_dim(jax.lax.iota(aval.dtype, aval.shape[dimension]), aval.shape, (dimension,))

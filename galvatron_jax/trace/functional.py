@@ -74,7 +74,7 @@ def functional(
     loss_fn: Callable[[Any, Any], Any],
     batch: Any,
     *,
-    make: Callable[[], nnx.Module] | None = None,
+    make: Callable[[Any], nnx.Module] | None = None,
 ) -> Functional:
     """Makes a pure function of a model, NNX (concrete or abstract) or Linen.
 
@@ -112,7 +112,7 @@ def _unpack(output: Any) -> tuple[Any, Any, Leaves]:
 
 
 def _functional_nnx(
-    model: nnx.Module, loss_fn: Callable[[Any, Any], Any], make: Callable[[], nnx.Module] | None
+    model: nnx.Module, loss_fn: Callable[[Any, Any], Any], make: Callable[[Any], nnx.Module] | None
 ) -> Functional:
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
     parameter_leaves, parameter_tree = jax.tree.flatten(parameters)

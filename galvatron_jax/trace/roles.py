@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +62,7 @@ def assign_roles(
     roles.update(dict.fromkeys(labelled, FactorRole.SEQUENCE))
     roles.update(dict.fromkeys(batch, FactorRole.BATCH))
     factors = tuple(Factor(size=f.size, role=roles.get(i, FactorRole.INNER)) for i, f in enumerate(program.factors))
-    growing = next((f for f in reversed(sorted(batch)) if len(batch) == 1 or _is_last(program, inputs, f)), None)
+    growing = max(batch, default=None)
     return with_factors(program, factors), growing
 
 
@@ -130,32 +129,9 @@ def _kept_whole(program: Program, inputs: Iterable[Port]) -> set[int]:
     return unnamed - named
 
 
-def _is_last(program: Program, inputs: Iterable[Port], factor: int) -> bool:
-    for port in inputs:
-        if port.labels.batch is not None and port.role is not PortRole.PARAMETER:
-            dim = program.values[port.value].dims[port.labels.batch]
-            batch = [f for f in dim if program.factors[f].size > 1]
-            if factor in batch:
-                return True
-    return False
-
-
 def _factors(value: Value) -> set[int]:
     return {f for dim in value.dims for f in dim}
 
 
 def _has(program: Program, value: int, factors: set[int]) -> bool:
     return bool(_factors(program.values[value]) & factors)
-
-
-def scale_batch(factors: Sequence[Factor], growing: int | None, ratio: Mapping[str, int]) -> tuple[int, ...]:
-    """Sizes of all factors when the micro-batch changes from `ratio["from"]` to `ratio["to"]` examples."""
-    sizes = [f.size for f in factors]
-    if growing is not None:
-        sizes[growing] = sizes[growing] * ratio["to"] // ratio["from"]
-    return tuple(sizes)
-
-
-def program_bytes(program: Program, value: int, itemsize: int) -> int:
-    """Bytes of a whole value."""
-    return itemsize * math.prod(program.factors[f].size for dim in program.values[value].dims for f in dim)

@@ -124,7 +124,8 @@ ELEMENTWISE = (
     set(
         "add sub mul div rem max min integer_pow square abs sign and or xor not eq ne lt gt le ge select_n "
         "bitcast_convert_type add_any is_finite floor ceil round clamp nextafter conj complex shift_left "
-        "shift_right_logical shift_right_arithmetic population_count clz reduce_precision name mul_add eq_to le_to lt_to".split()
+        "shift_right_logical shift_right_arithmetic population_count clz reduce_precision name mul_add eq_to "
+        "le_to lt_to".split()
     )
     | LINEAR_UNARY
     | _TRANSCENDENTAL
@@ -480,4 +481,4 @@ def _scatter_add(application: Application) -> Rule:
             relations.append(_parallel(_dims(target, index_dim, update_dim), _dims(target)))
         else:
             relations.append(Relation(FactorKind.ZERO_REDUCE, _dims(None, index_dim, update_dim), (None,)))
-    return Rule(tuple(relations))
+    return Rule(tuple(relations), Linearity.LAST)

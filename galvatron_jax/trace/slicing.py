@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from galvatron_jax import _compat
-from galvatron_jax.trace.flat import Aval, FlatOp, FlatProgram, drop_dead
+from galvatron_jax.trace.flat import Aval, FlatOp, drop_dead
 from galvatron_jax.trace.marks import layer_mark_p
 
 
