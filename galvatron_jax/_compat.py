@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.extend import core as jex
 
 INLINED_CALLS = frozenset(

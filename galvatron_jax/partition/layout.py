@@ -129,7 +129,7 @@ class _Moves:
         return order_at(self.axes, self.frame, position, axis)
 
     def can_enter(self, axis: int) -> bool:
-        """Whether the axis would be the minor-most at its target, with all who stay there and nobody else, and its devices free."""
+        """Whether the axis would be the minor-most at its target, among just those who stay, its devices free."""
         position, key = self.target[axis], self.order(self.target[axis], axis)
         for other, place in enumerate(self.current):
             if other == axis:

@@ -235,9 +235,11 @@ class Pass:
             summand = not self.program.has_batch[op.operands[-1]] and (pending[0] or self.held[op.operands[0]].zero)
             return pending[-1] and summand and not any(pending[1:-1])
         if op.linearity is Linearity.SCALE:
+            weight_like = not self.program.has_batch[op.results[0]]
+            scales = [not p and (weight_like or self._is_scalar(v)) for p, v in zip(pending, op.operands, strict=True)]
             if op.primitive == "div":
-                return pending[0] and self._is_scalar(op.operands[1])
-            return sum(pending) == 1 and all(p or self._is_scalar(v) for p, v in zip(pending, op.operands, strict=True))
+                return pending[0] and scales[1]
+            return sum(pending) == 1 and all(p or s for p, s in zip(pending, scales, strict=True))
         return False
 
     def _is_scalar(self, value: int) -> bool:
@@ -376,7 +378,9 @@ class Pass:
         place = self._map_positions(op)
         if place is None:
             return False
-        layout, version = self._settled(source)
+        # New dims of size 1 do not make a summand larger: it stays one.
+        adds_nothing = len(place) == len(self.program.positions[result]) and not self.program.has_batch[result]
+        layout, version = (held.layouts[0], 0) if adds_nothing else self._settled(source)
         target = tuple(place[p] if p >= 0 else p for p in layout)
         kept_dims = {self.program.dim_of[result][q] for q in place.values()}
         lazy_kept = {self.program.dim_of[result][q] for p, q in place.items() if self._lazy_at(source, p)}

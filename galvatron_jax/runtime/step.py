@@ -113,7 +113,7 @@ class Step:
         return {
             "params": stored,
             "opt_state": self.optimizer_program.shardings(shapes["opt_state"], mirrored, whole),
-            "model_state": {path: whole for path in shapes["model_state"]},
+            "model_state": dict.fromkeys(shapes["model_state"], whole),
             "step": whole,
         }
 
@@ -224,18 +224,18 @@ class Step:
         """Synchronised gradients in the optimizer's layout, the new model state, and metrics."""
         whole = PartitionSpec()
         groups = self.storage.groups
-        metrics = {sink: whole for sink in self._metric_names()}
+        metrics = dict.fromkeys(self._metric_names(), whole)
         local = jax.shard_map(
             self._local,
             mesh=self.mesh,
             in_specs=(
                 {g.key: g.spec() for g in groups},
-                {path: whole for path in model_state},
+                dict.fromkeys(model_state, whole),
                 {name: s.sharding.spec for name, s in self.batch_shapes.items()},
             ),
             out_specs=(
                 {g.key: g.spec(optimizer=True) for g in groups},
-                {path: whole for path in model_state},
+                dict.fromkeys(model_state, whole),
                 metrics,
             ),
             check_vma=False,

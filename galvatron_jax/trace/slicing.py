@@ -183,10 +183,9 @@ def resolve_stacks(program: ForwardProgram, outputs: list[int]) -> list[tuple[in
         if op is not None and op.primitive.name == "stack":
             parts = list(op.operands)
         elif op is not None and op.primitive.name == "concatenate":
-            makers = [producers.get(v) for v in op.operands]
-            if all(
-                m is not None and m.primitive.name in ("broadcast_in_dim", "reshape", "expand_dims") for m in makers
-            ):
+            makers = [m for m in map(producers.get, op.operands) if m is not None]
+            grown = all(m.primitive.name in ("broadcast_in_dim", "reshape", "expand_dims") for m in makers)
+            if grown and len(makers) == len(op.operands):
                 inner = [m.operands[0] for m in makers]
                 shapes = {program.avals[v].shape for v in inner}
                 if shapes == {program.avals[output].shape[1:]}:
