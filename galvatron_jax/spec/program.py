@@ -84,7 +84,9 @@ class Linearity(StrEnum):
     ADDITIVE = "additive"
     """Linear in all operands together (add, sub, concatenate): all must be pending, or zero."""
     SCALE = "scale"
-    """Linear in one operand when the others are scalars (mul; div in its first)."""
+    """Linear in one operand when the others are scalars, or the result has no batch (mul; div in its first)."""
+    LAST = "last"
+    """Linear in its last operand when the first is zero or pending with it (scatter-add onto zeros)."""
 
 
 class Operation(Record):

@@ -1,0 +1,65 @@
+"""What the plan says of collectives is what is lowered and compiled: operation, count, bytes and group."""
+
+from __future__ import annotations
+
+import optax
+import pytest
+
+from galvatron_jax.runtime.collectives import (
+    CollectiveSignature,
+    bytes_by_group,
+    compiled_collectives,
+    lowered_collectives,
+    predicted_collectives,
+    traced_collectives,
+)
+from galvatron_jax.spec.profile import CollectiveKind
+
+from .matrix import Case, parameters
+
+WITHOUT_CSE = ("cse",)
+"""XLA on CPU dissolves optimisation barriers before it last merges equal operations (`cse_barrier_expander`, then
+`cse`), so a backward program's gathers of ZeRO-3's parameters, and recomputed ones, become the forward program's.
+On accelerators the barriers stay. Without that pass the bytes are equal to the last one."""
+
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("case", parameters())
+def test_collectives_are_as_planned(case: Case) -> None:
+    step = case.build(OPTIMIZER)
+    planned = predicted_collectives(step)
+    assert traced_collectives(step) == planned
+    assert lowered_collectives(step) == predicted_collectives(step, once=True)
+    compiled = compiled_collectives(step, without_passes=WITHOUT_CSE)
+    assert bytes_by_group(compiled) == bytes_by_group(planned)
+    assert {s.kind for s in compiled} <= set(CollectiveKind)
+
+
+@pytest.mark.parametrize("case", [Case("gpt2", "zeros"), Case("llama_tp_over_kv", "tp8")], ids=str)
+def test_xla_only_merges_equal_collectives(case: Case) -> None:
+    """Compiled with all of XLA's passes, gathers can be fewer (see `WITHOUT_CSE`); no sum changes, nothing is added."""
+    step = case.build(OPTIMIZER)
+    planned = bytes_by_group(predicted_collectives(step))
+    compiled = bytes_by_group(compiled_collectives(step))
+    assert set(compiled) <= set(planned)
+    for (kind, axes), size in planned.items():
+        if kind in (CollectiveKind.ALL_GATHER, CollectiveKind.ALL_TO_ALL):
+            assert compiled.get((kind, axes), 0) <= size
+        else:
+            assert compiled[kind, axes] == size
+
+
+def test_zero_3_gathers_parameters_in_every_microbatch() -> None:
+    """Else XLA would gather them once, ahead of the loop, and hold them whole for the step."""
+    one, four = (Case("bert", "tp4-zero3", m).build(OPTIMIZER) for m in (1, 4))
+    group = CollectiveKind.ALL_GATHER, ("a", "b", "c")
+    assert bytes_by_group(compiled_collectives(four))[group] == 4 * bytes_by_group(compiled_collectives(one))[group]
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama", "vit", "mamba", "swin"])
+def test_gradients_are_synchronised_once_whatever_the_number_of_microbatches(model: str) -> None:
+    one, four = (predicted_collectives(Case(model, "dp8", m).build(OPTIMIZER)) for m in (1, 4))
+    loss = CollectiveSignature("all-reduce", ("a", "b", "c"), 4, "float32")
+    assert (one.pop(loss), four.pop(loss)) == (1, 4)
+    assert one == four
