@@ -12,8 +12,9 @@ from galvatron_jax.partition.static import StaticKind
 from galvatron_jax.spec.program import FactorRole
 from galvatron_jax.spec.strategy import LayerStrategy, SequenceParallel
 
-REPEATED_WORK = 1.25
-"""Hidden factors are chosen for least communication among those whose local FLOPs are within this of the least."""
+REPEATED_WORK = 0.1
+"""Hidden factors are chosen for least communication among those that save all but this share of the FLOPs that the
+best of them saves."""
 
 SMALL_PARAMETER_ELEMENTS = 256
 """ZeRO leaves smaller parameters whole: a gather's latency costs more than their bytes."""
@@ -114,7 +115,9 @@ def _tensor_factors(static: StaticKind, names: Sequence[str], mesh: Mapping[str,
         if len(options) > 1:
             priced = [(*_option_cost(static, assignment, option, mesh, sizes), i) for i, option in enumerate(options)]
             least = min(flops for flops, _, _ in priced)
-            _, best_index = min((sent, i) for flops, sent, i in priced if flops <= REPEATED_WORK * least)
+            whole, _ = _option_cost(static, assignment, {}, mesh, sizes)
+            enough = least + REPEATED_WORK * (whole - least)
+            _, best_index = min((sent, i) for flops, sent, i in priced if flops <= enough)
             best = options[best_index]
         else:
             best = options[0]
