@@ -153,6 +153,12 @@ class _Moves:
             place == position and self.order(position, other) > key for other, place in enumerate(self.current)
         )
 
+    def can_exchange(self, axis: int) -> bool:
+        """Whether one all-to-all moves the axis to its target: its mesh axes must stand in one order at both ends."""
+        ascending = self.frame.ascending
+        same_order = len(self.axes[axis].names) == 1 or ascending[self.current[axis]] == ascending[self.target[axis]]
+        return same_order and self.can_leave(axis) and self.can_enter(axis)
+
     def emit(self, kind: StepKind, group: list[int], *, split: int = -1, join: int = -1) -> None:
         shape = tuple(local_sizes(self.axes, self.frame, self.before))
         place = split if split >= 0 else join
@@ -198,7 +204,7 @@ class _Moves:
 
     def all_to_all(self) -> bool:
         for axis, (now, then) in enumerate(zip(self.current, self.target, strict=True)):
-            if now >= 0 and then >= 0 and now != then and self.can_leave(axis) and self.can_enter(axis):
+            if now >= 0 and then >= 0 and now != then and self.can_exchange(axis):
                 self.before = tuple(self.current)
                 self.current[axis] = then
                 self.emit(StepKind.ALL_TO_ALL, [axis], split=then, join=now)

@@ -64,6 +64,10 @@ def test_only_a_change_of_layout_takes_steps(case: tuple[tuple[Axis, ...], Frame
     assert not convert(axes, frame, source, source)
 
 
+def test_a_group_of_axes_moves_between_dims_of_opposite_order() -> None:
+    check(_axes("ab", "c"), Frame((1, 4, 4), (False, False, True)), (1, NOWHERE), (2, NOWHERE))
+
+
 def _axes(*groups: str) -> tuple[Axis, ...]:
     return tuple(Axis(Role.DATA, tuple(g), 2 ** len(g), list(MESH).index(g[0])) for g in groups)
 
