@@ -55,6 +55,27 @@ class Apply:
 
 
 @dataclass(frozen=True, slots=True)
+class Loop:
+    """Runs a scan's body on local arrays, once a trip."""
+
+    operation: int
+    operands: tuple[Version, ...]
+    results: tuple[Version, ...]
+    materialise: tuple[tuple[int, ...] | None, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    """Local shape per result."""
+    body: tuple[Instruction, ...]
+    """The body's program; its inputs are version 0 of the body's input values."""
+    outputs: tuple[Version, ...]
+    """What the body hands out, carried values first."""
+    output_shapes: tuple[tuple[int, ...], ...]
+    trips: int
+
+
+Instruction = Convert | Apply | Loop
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """Why an operation is sharded as it is; kept for people who look."""
 

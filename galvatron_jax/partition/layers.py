@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from galvatron_jax.partition.instructions import Apply, Convert, Residual, Version
+from galvatron_jax.partition.instructions import Apply, Convert, Instruction, Loop, Residual, Version
 from galvatron_jax.partition.layer_plan import BoundarySpec, Collective, LayerPlan, ParameterPlan, PhasePlan
 from galvatron_jax.partition.layout import (
     NOWHERE,
@@ -47,8 +47,8 @@ class LocalPlan:
     inputs: tuple[Layout, ...]
     """Layout per input port as the programs read it (storage, for parameters)."""
     outputs: tuple[Layout, ...]
-    forward: tuple[Convert | Apply, ...]
-    backward: tuple[Convert | Apply, ...]
+    forward: tuple[Instruction, ...]
+    backward: tuple[Instruction, ...]
     output_versions: tuple[Version, ...]
     residuals: tuple[Residual, ...]
     gradient_versions: tuple[Version, ...]
@@ -529,14 +529,7 @@ def collective(step: Step, size: int, dtype: str) -> Collective:
 
 def phase(planner: Pass, operations: set[int], program: StaticProgram) -> PhasePlan:
     """Counts of a planned pass."""
-    collectives = []
-    for instruction in planner.instructions:
-        if isinstance(instruction, Convert):
-            dtype = program.program.values[instruction.value].dtype
-            size = program.itemsize[instruction.value]
-            collectives += [collective(s, size, dtype) for s in instruction.steps if s.kind is not StepKind.SLICE]
-        elif instruction.combine is not None:
-            collectives.append(_combined(planner, instruction, *instruction.combine, program))
+    collectives = _collectives(planner, program)
     moved, peak = _traffic(planner, program)
     return PhasePlan(
         instructions=tuple(planner.instructions),
@@ -546,6 +539,22 @@ def phase(planner: Pass, operations: set[int], program: StaticProgram) -> PhaseP
         peak_bytes=int(peak),
         operations=len(operations),
     )
+
+
+def _collectives(planner: Pass, program: StaticProgram) -> list[Collective]:
+    """Collectives of a planned pass, those of loops as often as they run."""
+    found: list[Collective] = []
+    for instruction in planner.instructions:
+        if isinstance(instruction, Convert):
+            dtype = program.program.values[instruction.value].dtype
+            size = program.itemsize[instruction.value]
+            found += [collective(s, size, dtype) for s in instruction.steps if s.kind is not StepKind.SLICE]
+        elif isinstance(instruction, Loop):
+            body = planner.loops[instruction.operation]
+            found += _collectives(body, body.program) * instruction.trips
+        elif instruction.combine is not None:
+            found.append(_combined(planner, instruction, *instruction.combine, program))
+    return found
 
 
 def _combined(
@@ -578,6 +587,11 @@ def _traffic(planner: Pass, program: StaticProgram) -> tuple[float, float]:
             op = program.operations[instruction.operation]
             read, made = list(instruction.operands), list(instruction.results)
             fused = op.elementwise or op.free
+            if isinstance(instruction, Loop):
+                body = planner.loops[instruction.operation]
+                inner_moved, inner_peak = _traffic(body, body.program)
+                moved += inner_moved * instruction.trips
+                peak = max(peak, live + inner_peak)
         for version in made:
             size = planner.local_bytes(*version)
             if not fused or uses.get(version, 0) > 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from galvatron_jax.partition.instructions import Apply, Convert, Decision, IndexShift, Version
+from galvatron_jax.partition.instructions import Apply, Convert, Decision, IndexShift, Instruction, Loop, Version
 from galvatron_jax.partition.layout import (
     NOWHERE,
     PENDING,
@@ -50,9 +50,11 @@ class Pass:
     allowed: tuple[frozenset[int], ...]
     """Per axis, the factors it may shard."""
     held: dict[int, Held] = field(default_factory=dict)
-    instructions: list[Convert | Apply] = field(default_factory=list)
+    instructions: list[Instruction] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     flops: float = 0.0
+    loops: dict[int, Pass] = field(default_factory=dict)
+    """Per loop, the pass that planned its body."""
 
     def __post_init__(self) -> None:
         self.nowhere: Layout = (NOWHERE,) * len(self.axes)
@@ -252,6 +254,8 @@ class Pass:
     def run(self, operations: Iterable[StaticOp]) -> None:
         """Plans operations in order."""
         for op in operations:
+            if op.loop is not None and op.body is not None and self._loop(op, op.loop, op.body):
+                continue
             if op.primitive == "broadcast_in_dim" and self._broadcast(op):
                 continue
             if op.primitive in ("reshape", "squeeze", "expand_dims", "transpose") and self._lazy_reshape(op):
@@ -369,6 +373,84 @@ class Pass:
             shifts.append(IndexShift(names, dim, size))
         return tuple(shifts)
 
+    # ------------------------------------------------------------------------------------------ loops
+
+    def _loop(self, op: StaticOp, loop: tuple[int, int, int], program: StaticProgram) -> bool:
+        """Plans a scan: its body like any program, once carried values go round in the layout they came in.
+
+        Sums into a carry that starts at zero (weight gradients over time) stay pending until after the loop.
+        """
+        consts, carried, _ = loop
+        inputs, outputs = program.program.inputs, program.program.outputs
+        entries = [self._loop_entry(v, n >= consts + carried) for n, v in enumerate(op.operands)]
+        if any(
+            len(program.positions[inner]) != len(self.program.positions[v]) - skipped
+            for inner, v, (_, skipped) in zip(inputs, op.operands, entries, strict=True)
+        ):
+            return False
+        layouts = [layout for layout, _ in entries]
+        zero = [self.held[v].zero for v in op.operands]
+        for attempt in range(6):
+            body = Pass(program, self.sizes, self.axes, self.allowed)
+            for n, (value, layout) in enumerate(zip(inputs, layouts, strict=True)):
+                # At first a carry that starts at zero counts as zero, to see whether sums into it stay pending.
+                body.hold(value, layout, zero=zero[n] and attempt == 0)
+            body.run(program.operations)
+            found = [body.held[v].layouts[0] for v in outputs[:carried]]
+            joined = [_join(layouts[consts + n], found[n], zero[consts + n]) for n in range(carried)]
+            if attempt and joined == layouts[consts : consts + carried]:
+                break
+            layouts[consts : consts + carried] = joined
+        else:
+            return False
+        self._emit_loop(op, loop, body, layouts, [skipped for _, skipped in entries])
+        return True
+
+    def _loop_entry(self, value: int, scanned: bool) -> tuple[Layout, int]:
+        """A loop operand's layout as the body sees it, and how many positions the leading dim takes."""
+        held = self.held[value]
+        dims = self.program.dim_of[value]
+        skipped = sum(d == 0 for d in dims) if scanned else 0
+        layout = [p - skipped if p >= skipped else NOWHERE for p in held.layouts[0]]
+        for axis, known in enumerate(self.axes):
+            if known.role is Role.STORAGE:
+                layout[axis] = NOWHERE
+        return tuple(layout), skipped
+
+    def _emit_loop(
+        self, op: StaticOp, loop: tuple[int, int, int], body: Pass, layouts: Sequence[Layout], skipped: Sequence[int]
+    ) -> None:
+        carried, trips = loop[1], loop[2]
+        inner = body.program.program
+        wanted = [tuple(p + s if p >= 0 else p for p in layout) for layout, s in zip(layouts, skipped, strict=True)]
+        # A pending carry starts from zeros, which are their own summands: no conversion.
+        asked = [tuple(NOWHERE if p == PENDING else p for p in layout) for layout in wanted]
+        operands = tuple(self.convert(v, layout) for v, layout in zip(op.operands, asked, strict=True))
+        handed = []
+        for n, value in enumerate(inner.outputs):
+            target = layouts[loop[0] + n] if n < carried else body.held[value].layouts[0]
+            handed.append(body.convert(value, target))
+        results, shapes, inner_shapes = [], [], []
+        for n, (value, version) in enumerate(zip(op.results, handed, strict=True)):
+            layout = body.held[version[0]].layouts[version[1]]
+            inner_shapes.append(body.local_shape(version[0], layout, frozenset()))
+            lead = sum(d == 0 for d in self.program.dim_of[value]) if n >= carried else 0
+            outer = tuple(p + lead if p >= 0 else p for p in layout)
+            results.append(self.hold(value, outer))
+            shapes.append(self.local_shape(value, outer, frozenset()))
+        materialise = tuple(
+            None if not self.held[v].lazy else self.local_shape(v, layout, frozenset())
+            for (v, _), layout in zip(operands, asked, strict=True)
+        )
+        self.instructions.append(
+            Loop(
+                op.index, operands, tuple(results), materialise, tuple(shapes), tuple(body.instructions),
+                tuple(handed), tuple(inner_shapes), trips,
+            )
+        )  # fmt: skip
+        self.loops[op.index] = body
+        self.flops += body.flops * trips
+
     # ------------------------------------------------------------------------------------------ lazy broadcasts
 
     def _broadcast(self, op: StaticOp) -> bool:
@@ -429,8 +511,19 @@ class Pass:
         self.instructions.append(Apply(op.index, (operand,), (result,), (None,), (shape,)))
 
 
-def steps_of(instructions: Iterable[Convert | Apply]) -> Iterable[tuple[int, Step]]:
-    """All steps of a program's conversions with the value they move."""
+def _join(entry: Layout, found: Layout, zero: bool) -> Layout:
+    """A carried value's layout for the next try: as it came in, or, where that was whole, as the body left it."""
+    joined = []
+    for now, then in zip(entry, found, strict=True):
+        if then == PENDING:
+            joined.append(PENDING if zero else NOWHERE if now == PENDING else now)
+        else:
+            joined.append(then if now == NOWHERE and then >= 0 else NOWHERE if now == PENDING else now)
+    return tuple(joined)
+
+
+def steps_of(instructions: Iterable[Instruction]) -> Iterable[tuple[int, Step]]:
+    """All steps of a program's own conversions with the value they move; loops' bodies are left out."""
     for instruction in instructions:
         if isinstance(instruction, Convert):
             for step in instruction.steps:

@@ -54,6 +54,9 @@ class StaticOp:
     recomputed: bool
     free: bool
     """Whether it moves no data (a reshape, a broadcast)."""
+    loop: tuple[int, int, int] | None = None
+    """For a scan: constants, carried values, trip count."""
+    body: StaticProgram | None = None
 
 
 _FREE = frozenset({"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "iota", "copy", "stop_gradient"})
@@ -118,7 +121,8 @@ def prepare(program: Program) -> StaticProgram:
         operations.append(
             StaticOp(
                 index, op.primitive, tuple(op.operands), tuple(op.results), factors, op.linearity, op.combine,
-                op.elementwise, op.flops_per_point, op.known, op.barrier, op.primitive in _FREE,
+                op.elementwise, op.flops_per_point, op.known, op.barrier, op.primitive in _FREE, op.loop,
+                prepare(op.bodies[0]) if op.loop is not None else None,
             )
         )  # fmt: skip
     return StaticProgram(

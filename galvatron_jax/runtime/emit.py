@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from galvatron_jax.partition.instructions import Apply, Convert, Version
+from galvatron_jax.partition.instructions import Apply, Convert, Instruction, Loop, Version
 from galvatron_jax.partition.layers import LocalPlan
 from galvatron_jax.partition.layout import Step, StepKind
 from galvatron_jax.runtime.binders import LocalBind, bind_local
@@ -101,7 +101,7 @@ class Evaluator:
     watch: Callable[[int, Version, Any], None] | None = None
     """Called with each operation's results (the self-check's hook)."""
 
-    def run(self, instructions: Sequence[Convert | Apply]) -> None:
+    def run(self, instructions: Sequence[Instruction]) -> None:
         """Executes instructions in order."""
         for instruction in instructions:
             if isinstance(instruction, Convert):
@@ -109,6 +109,8 @@ class Evaluator:
                 self.env[instruction.value, instruction.target] = run_steps(
                     x, instruction.steps, instruction.shape, via=self.via
                 )
+            elif isinstance(instruction, Loop):
+                self.loop(instruction)
             else:
                 self.apply(instruction)
 
@@ -125,14 +127,45 @@ class Evaluator:
             return constant
         return jnp.asarray(constant, aval.dtype)
 
+    def _operands(self, instruction: Apply | Loop) -> list[Any]:
+        return [
+            self.read(v) if shape is None else jnp.broadcast_to(self.read(v), shape)
+            for v, shape in zip(instruction.operands, instruction.materialise, strict=True)
+        ]
+
+    def loop(self, instruction: Loop) -> None:
+        """Runs a scan on local arrays."""
+        op = self.flat.operations[instruction.operation]
+        assert op.loop is not None
+        consts, carried, trips = op.loop
+        body = op.bodies[0]
+        operands = self._operands(instruction)
+
+        def trip(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+            inner = Evaluator(self.local, body, self.via)
+            arrays = [*operands[:consts], *carry, *slices]
+            inner.env.update({(v, 0): x for v, x in zip(body.inputs, arrays, strict=True)})
+            inner.run(instruction.body)
+            handed = [
+                jnp.broadcast_to(inner.read(v), shape)
+                for v, shape in zip(instruction.outputs, instruction.output_shapes, strict=True)
+            ]
+            return handed[:carried], handed[carried:]
+
+        final, stacked = lax.scan(
+            trip,
+            operands[consts : consts + carried],
+            operands[consts + carried :],
+            length=trips,
+            reverse=op.params["reverse"],
+            unroll=op.params["unroll"],
+        )
+        self.env.update(zip(instruction.results, [*final, *stacked], strict=True))
+
     def apply(self, instruction: Apply) -> None:
         """Applies one operation."""
         op = self.flat.operations[instruction.operation]
-        operands = [self.read(v) for v in instruction.operands]
-        operands = [
-            x if shape is None else jnp.broadcast_to(x, shape)
-            for x, shape in zip(operands, instruction.materialise, strict=True)
-        ]
+        operands = self._operands(instruction)
         bind = LocalBind(
             op,
             tuple(self.flat.avals[v].shape for v in op.operands),

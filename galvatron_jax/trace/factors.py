@@ -116,7 +116,7 @@ class FactorAnalysis:
         for index, op in enumerate(program.operations):
             if op.loop is not None:
                 self.bodies[index] = self._loop(op, op.loop)
-                self.rules.append(Rule(known=False))
+                self.rules.append(Rule())
                 continue
             rule = find_rule(application_of(op, program))
             self.rules.append(rule)

@@ -11,6 +11,7 @@ from . import (
     mamba,
     nnx_scan_gpt,
     plain_mlp,
+    recurrent,
     remat_gpt,
     unet,
     zoo,
@@ -30,5 +31,7 @@ _CASES = [
     batchnorm_net.tiny(),
     plain_mlp.tiny(),
     remat_gpt.tiny(),
+    recurrent.tiny(dense=False),
+    recurrent.tiny(dense=True),
 ]
 MODELS: dict[str, ModelCase] = {case.name: case for case in _CASES}
