@@ -6,8 +6,8 @@ import functools
 import math
 from collections.abc import Mapping
 
+from galvatron_jax.partition.counts import collective
 from galvatron_jax.partition.layer_plan import BoundarySpec, Collective
-from galvatron_jax.partition.layers import collective
 from galvatron_jax.partition.layout import NOWHERE, Axis, Frame, Role, Step, StepKind, convert
 from galvatron_jax.partition.static import itemsize
 
