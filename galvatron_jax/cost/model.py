@@ -9,7 +9,7 @@ from galvatron_jax.cost.compute import Compute, compute_for, local_shape
 from galvatron_jax.cost.links import Links, links_for
 from galvatron_jax.cost.memory import LayerMemory, OptimizerMemory, layer_memory, update_traffic_bytes
 from galvatron_jax.cost.planner import Planner, PlanTable
-from galvatron_jax.cost.sizes import batch_spec, local_bytes, value_dims
+from galvatron_jax.cost.sizes import batch_spec, local_bytes, value_dims, whole_bytes
 from galvatron_jax.cost.wiring import Held, LayerWiring, Wiring, wire
 from galvatron_jax.partition.layer_plan import BoundarySpec, Collective, LayerPlan
 from galvatron_jax.spec.cluster import ClusterSpec
@@ -17,6 +17,9 @@ from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import MeshAxis
 from galvatron_jax.spec.profile import Profile
 from galvatron_jax.spec.strategy import LayerStrategy
+
+_STEP_NUMBER_BYTES = 4
+"""An int32."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,15 @@ class CostModel:
         return self._sum_bytes(self.wiring.held, batching.microbatch, batching.axes, side="outputs")
 
     def state_bytes(self) -> int:
-        """Bytes of non-trained state, whole on every device."""
-        return self._sum_bytes(self.wiring.states, self.model.microbatch, (), side="inputs")
+        """Bytes of non-trained state and of the step's number, whole on every device."""
+        return _STEP_NUMBER_BYTES + sum(whole_bytes(variable) for variable in self.model.state)
+
+    def unread_memory(self) -> LayerMemory:
+        """What parameters take that no layer uses: the executor keeps them, with state and gradients of zero."""
+        sizes = [(whole_bytes(parameter), parameter.dtype) for parameter in self.wiring.unread]
+        total = sum(size for size, _ in sizes)
+        slots = sum(self.optimizer.slot_bytes(size, dtype) for size, dtype in sizes)
+        return LayerMemory(total, slots, total, residual_bytes=0, workspace_bytes=0)
 
     def _sum_bytes(
         self, places: tuple[tuple[int, int], ...], examples: int, axes: tuple[str, ...], *, side: str

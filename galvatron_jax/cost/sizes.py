@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping
 
 from galvatron_jax.partition.layer_plan import BoundarySpec
-from galvatron_jax.spec.model import LayerKind
+from galvatron_jax.spec.model import LayerKind, Variable
+from galvatron_jax.spec.program import FactorRole
 
 _BITS = re.compile(r"(\d+)")
 
@@ -25,6 +26,16 @@ def itemsize(dtype: str) -> int:
     return max(1, int(bits[1]) // 8) if bits else 1
 
 
+def whole_bytes(variable: Variable) -> int:
+    """Bytes of a whole leaf of the model.
+
+    Example:
+        >>> whole_bytes(Variable(path="scale", shape=(2, 8), dtype="bfloat16"))
+        32
+    """
+    return itemsize(variable.dtype) * math.prod(variable.shape)
+
+
 def value_dims(kind: LayerKind, value: int, *, microbatch: int, model_microbatch: int) -> tuple[int, ...]:
     """Global shape of a value of a layer kind when it runs on `microbatch` examples.
 
@@ -38,8 +49,13 @@ def value_dims(kind: LayerKind, value: int, *, microbatch: int, model_microbatch
     dims = []
     for dim in kind.program.values[value].dims:
         size = math.prod(factors[factor].size for factor in dim)
-        dims.append(size * microbatch // model_microbatch if kind.batch_factor in dim else size)
+        dims.append(size * microbatch // model_microbatch if _grows(kind, dim) else size)
     return tuple(dims)
+
+
+def _grows(kind: LayerKind, dim: tuple[int, ...]) -> bool:
+    """Whether a dim grows with the micro-batch: values that never meet have batch factors of their own."""
+    return any(kind.program.factors[factor].role is FactorRole.BATCH for factor in dim)
 
 
 def batch_spec(kind: LayerKind, value: int, batch_axes: tuple[str, ...]) -> BoundarySpec:
@@ -47,7 +63,7 @@ def batch_spec(kind: LayerKind, value: int, batch_axes: tuple[str, ...]) -> Boun
     spec: list[tuple[str, ...]] = []
     pending = batch_axes
     for dim in kind.program.values[value].dims:
-        here = kind.batch_factor is not None and kind.batch_factor in dim
+        here = _grows(kind, dim)
         spec.append(pending if here else ())
         pending = () if here else pending
     return tuple(spec)

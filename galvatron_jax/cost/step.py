@@ -149,18 +149,20 @@ def plan_memory(costs: CostModel, strategies: Sequence[LayerStrategy], batching:
 
 
 def _memory(costs: CostModel, layers: Sequence[LayerMemory], batching: Batching) -> MemoryBreakdown:
+    layers = [*layers, costs.unread_memory()]
     parts = {
-        "parameter_bytes": sum(layer.parameter_bytes for layer in layers) + costs.state_bytes(),
+        "parameter_bytes": sum(layer.parameter_bytes for layer in layers),
         "optimizer_bytes": sum(layer.optimizer_bytes for layer in layers) + costs.optimizer.scalar_bytes,
         "gradient_bytes": sum(layer.gradient_bytes for layer in layers),
         "residual_bytes": sum(layer.residual_bytes for layer in layers) + costs.held_bytes(batching),
         "workspace_bytes": max(layer.workspace_bytes for layer in layers),
         "batch_bytes": costs.batch_bytes(batching),
+        "state_bytes": costs.state_bytes(),
     }
     return MemoryBreakdown(total_bytes=sum(parts.values()), **parts)
 
 
 def fixed_bytes(costs: CostModel, batching: Batching) -> int:
-    """Bytes that no layer's strategy changes: batch, held values, state, the optimizer's scalars."""
+    """Bytes that no layer's strategy changes: batch, held values, state, the optimizer's scalars, unread parameters."""
     fixed = costs.batch_bytes(batching) + costs.held_bytes(batching) + costs.state_bytes()
-    return fixed + costs.optimizer.scalar_bytes
+    return fixed + costs.optimizer.scalar_bytes + costs.unread_memory().resident_bytes

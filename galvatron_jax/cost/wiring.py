@@ -8,11 +8,15 @@ producer and readers convert to and from that, each by itself. State is held who
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from galvatron_jax.spec.model import Layer, LayerKind, ModelSpec, PortRole
+from galvatron_jax.spec.model import Layer, LayerKind, ModelSpec, Parameter, PortRole
+
+_SLICE = re.compile(r"\[\d+\]$")
+"""Which layer's part of a stacked parameter."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,10 @@ class Wiring:
     layers: tuple[LayerWiring, ...]
     batch: tuple[tuple[int, int], ...]
     """Leaves of the batch, each as (layer, input port) of its first reader."""
-    states: tuple[tuple[int, int], ...]
-    """State variables, likewise."""
     held: tuple[tuple[int, int], ...]
     """Values held in the plan-wide layout, as (layer, output port) of their producer."""
+    unread: tuple[Parameter, ...]
+    """Parameters that no layer uses: whole on every device, with all the optimizer keeps for them."""
 
     @property
     def tied(self) -> tuple[str, ...]:
@@ -77,13 +81,11 @@ def wire(model: ModelSpec) -> Wiring:
     for reference, place in _ports(model, "inputs"):
         readers[reference].append(place)
     layers = tuple(_wire_layer(model, index, producers, readers) for index in range(len(model.layers)))
-    first = {prefix: [] for prefix in ("batch:", "state:")}
-    for reference, places in readers.items():
-        for prefix, found in first.items():
-            if reference.startswith(prefix):
-                found.append(places[0])
+    batch = tuple(places[0] for reference, places in readers.items() if reference.startswith("batch:"))
     held = tuple((index, write.port) for index, layer in enumerate(layers) for write in layer.writes if write.batched)
-    return Wiring(layers, tuple(first["batch:"]), tuple(first["state:"]), held)
+    read = {_SLICE.sub("", reference) for reference in readers} | set(readers)
+    unread = tuple(parameter for parameter in model.parameters if f"param:{parameter.path}" not in read)
+    return Wiring(layers, batch, held, unread)
 
 
 def _ports(model: ModelSpec, side: str) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -157,4 +157,5 @@ def _memory_parts(memory: MemoryBreakdown) -> list[tuple[str, int]]:
         ("activations kept for backward", memory.residual_bytes),
         ("workspace of the largest layer", memory.workspace_bytes),
         ("batch", memory.batch_bytes),
+        ("model state", memory.state_bytes),
     ]

@@ -21,6 +21,7 @@ _MEMORY_PARTS = {
     "residual_bytes": "activations",
     "workspace_bytes": "workspace",
     "batch_bytes": "batch",
+    "state_bytes": "model state",
 }
 
 

@@ -77,12 +77,16 @@ class Layer(Record):
     """Per output port, `value:ID`."""
 
 
-class Parameter(Record):
-    """A trained leaf of the model."""
+class Variable(Record):
+    """A leaf of the model."""
 
     path: str
     shape: tuple[int, ...]
     dtype: str
+
+
+class Parameter(Variable):
+    """A trained leaf of the model."""
 
 
 class ModelSpec(Document):
@@ -101,6 +105,8 @@ class ModelSpec(Document):
     kinds: tuple[LayerKind, ...]
     layers: tuple[Layer, ...]
     parameters: tuple[Parameter, ...]
+    state: tuple[Variable, ...] = ()
+    """Non-trained leaves: random keys and counters, batch statistics. Every device holds them whole."""
     results: tuple[tuple[str, str], ...] = ()
     """What the model yields: pairs of `loss`, `weight`, `aux:PATH`, `state:PATH` or `state:PATH[i]`, and the
     `value:ID` (or unchanged input, `state:PATH`) that holds it."""

@@ -74,6 +74,13 @@ class MemoryBreakdown(Record):
     workspace_bytes: int
     """Temporaries of the largest layer: gathered weights, logits."""
     batch_bytes: int = 0
+    state_bytes: int = 0
+    """Random keys and counters, batch statistics, the number of the step."""
+
+    @property
+    def argument_bytes(self) -> int:
+        """What one device hands to a train step: the state between steps, and its share of the global batch."""
+        return self.parameter_bytes + self.optimizer_bytes + self.state_bytes + self.batch_bytes
 
 
 class Prediction(Record):

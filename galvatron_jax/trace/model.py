@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from galvatron_jax.errors import InputError
-from galvatron_jax.spec.model import InputPort, Layer, LayerKind, ModelSpec, OutputPort, Parameter, PortRole
+from galvatron_jax.spec.model import InputPort, Layer, LayerKind, ModelSpec, OutputPort, Parameter, PortRole, Variable
 from galvatron_jax.spec.program import FactorRole, Program
 from galvatron_jax.trace import kinds as kinds_
 from galvatron_jax.trace import roles, slicing
@@ -179,6 +179,9 @@ class _Builder:
         parameters = tuple(
             Parameter(path=p, shape=tuple(s.shape), dtype=str(s.dtype)) for p, s in self.model_fn.parameters.items()
         )
+        state = tuple(
+            Variable(path=p, shape=tuple(s.shape), dtype=str(s.dtype)) for p, s in self.model_fn.state.items()
+        )
         notes = tuple(f"{kind.name}: {note}" for kind in kinds for note in kind.notes) + self._notes()
         fingerprint = kinds_.digest(
             *(kind.fingerprint for kind in kinds),
@@ -193,6 +196,7 @@ class _Builder:
             kinds=kinds,
             layers=layers,
             parameters=parameters,
+            state=state,
             results=tuple((sink, self._reference(value)) for sink, value in self.results.items()),
             notes=notes,
         )
