@@ -134,10 +134,11 @@ def _gather(bind: LocalBind, operand: Any, indices: Any) -> list[Any]:
     )
     if not bind.shifts:
         return bind.bind(operand, indices, slice_sizes=sizes)
-    indices = _shifted(bind, operand, indices, params["dimension_numbers"].start_index_map)
+    indices, inside = _shifted(bind, operand, indices, params["dimension_numbers"].start_index_map)
     # What another shard holds counts as zero here: the sum over shards is the gathered value.
+    indices = jnp.where(inside, indices, jnp.iinfo(indices.dtype).max)
     mode = lax.GatherScatterMode.FILL_OR_DROP
-    return bind.bind(operand, indices, slice_sizes=sizes, mode=mode, fill_value=0)
+    return bind.bind(operand, indices, slice_sizes=sizes, mode=mode, fill_value=0, **_NO_PROMISES)
 
 
 @_local("scatter-add", "scatter_add")
@@ -145,12 +146,22 @@ def _scatter_add(bind: LocalBind, operand: Any, indices: Any, updates: Any) -> l
     if not bind.shifts:
         return bind.bind(operand, indices, updates)
     numbers = bind.op.params["dimension_numbers"]
-    indices = _shifted(bind, operand, indices, numbers.scatter_dims_to_operand_dims)
-    return bind.bind(operand, indices, updates, mode=lax.GatherScatterMode.FILL_OR_DROP)
+    indices, inside = _shifted(bind, operand, indices, numbers.scatter_dims_to_operand_dims)
+    # Updates of other shards add zero to some row of this one. (To drop them by an index out of bounds would be
+    # simpler, but XLA on CPU reads beyond a sliced operand there.)
+    rows = [1 if dim in numbers.update_window_dims else n for dim, n in enumerate(updates.shape)]
+    updates = jnp.where(jnp.reshape(inside, rows), updates, jnp.zeros((), updates.dtype))
+    mode = lax.GatherScatterMode.FILL_OR_DROP
+    return bind.bind(operand, jnp.where(inside, indices, 0), updates, mode=mode, **_NO_PROMISES)
 
 
-def _shifted(bind: LocalBind, operand: Any, indices: Any, index_map: Sequence[int]) -> Any:
-    """Indices relative to the local shard. Negative ones would wrap around: they are sent out of bounds."""
+_NO_PROMISES = {"indices_are_sorted": False, "unique_indices": False}
+"""Indices made local are neither sorted nor unique, whatever the whole ones were."""
+
+
+def _shifted(bind: LocalBind, operand: Any, indices: Any, index_map: Sequence[int]) -> tuple[Any, Any]:
+    """Indices relative to the local shard, and whether they fall into it, with a last dim of 1."""
+    inside = jnp.ones((*indices.shape[:-1], 1), bool)
     for shift in bind.shifts:
         column = list(index_map).index(shift.dim)
         local = operand.shape[shift.dim]
@@ -158,9 +169,9 @@ def _shifted(bind: LocalBind, operand: Any, indices: Any, index_map: Sequence[in
         if bind.op.params["mode"] == lax.GatherScatterMode.CLIP:
             chosen = jnp.clip(chosen, 0, shift.size - 1)
         chosen = chosen - (bind.index(shift.names) * local).astype(chosen.dtype)
-        chosen = jnp.where((chosen < 0) | (chosen >= local), jnp.asarray(local, chosen.dtype), chosen)
+        inside &= ((chosen >= 0) & (chosen < local))[..., None]
         indices = indices.at[..., column].set(chosen)
-    return indices
+    return indices, inside
 
 
 @_local("conv_general_dilated")

@@ -17,8 +17,8 @@ import numpy as np
 from jax.extend import core as jex
 
 from galvatron_jax.partition.boundary import boundary_collectives
+from galvatron_jax.partition.counts import collective
 from galvatron_jax.partition.layer_plan import BoundarySpec, Collective
-from galvatron_jax.partition.layers import collective
 from galvatron_jax.partition.layout import Step as LayoutStep
 from galvatron_jax.partition.layout import StepKind
 from galvatron_jax.partition.static import itemsize

@@ -13,6 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import numpy as np
+
 from galvatron_jax.spec.program import FactorKind, Linearity
 
 
@@ -143,7 +146,7 @@ def elementwise_rule(application: Application) -> Rule:
         relations.append(_parallel(operands, tuple(Ref((dim,)) for _ in application.result_shapes)))
     name = application.primitive
     linearity = Linearity.NONE
-    if name in LINEAR_UNARY:
+    if name in LINEAR_UNARY and jax.dtypes.issubdtype(application.params.get("new_dtype", np.float32), np.inexact):
         linearity = Linearity.UNARY
     elif name in ("add", "sub", "add_any"):
         linearity = Linearity.ADDITIVE
