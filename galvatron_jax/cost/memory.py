@@ -59,7 +59,8 @@ def layer_memory(
     Args:
         kind: the layer's kind.
         plan: its plan.
-        owned: input ports of the parameters to account for; another layer does it for tied ones.
+        owned: input ports of the parameters to account for; another layer does it for tied ones, whose gradients are
+            added up only once each layer has synchronised its own.
         optimizer: state per parameter.
     """
     mine = [parameter for parameter in plan.parameters if parameter.port in owned]
@@ -67,7 +68,7 @@ def layer_memory(
     return LayerMemory(
         parameter_bytes=sum(parameter.storage_bytes for parameter in mine),
         optimizer_bytes=sum(optimizer.slot_bytes(p.optimizer_bytes, dtypes[p.port]) for p in mine),
-        gradient_bytes=sum(parameter.accumulator_bytes for parameter in mine),
+        gradient_bytes=sum(parameter.accumulator_bytes for parameter in plan.parameters),
         residual_bytes=plan.residual_bytes,
         workspace_bytes=max(plan.forward.peak_bytes, plan.backward.peak_bytes),
     )

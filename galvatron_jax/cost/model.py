@@ -120,7 +120,7 @@ class CostModel:
         return LayerCost(
             compute_s=compute.forward_s + compute.backward_s,
             communication_s=exposed + self._held_seconds(wiring, plan, batching),
-            synchronisation_s=self.seconds(fused(c for p in mine for c in p.sync))
+            synchronisation_s=self.seconds(fused(c for p in plan.parameters for c in p.sync))
             + self.seconds(fused(c for p in mine for c in p.publish)),
             update_s=traffic / self.update_bytes_per_s,
             memory=layer_memory(kind, plan, owned=owned, optimizer=self.optimizer),

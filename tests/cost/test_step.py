@@ -43,7 +43,10 @@ def test_plain_data_parallelism_holds_everything_whole() -> None:
 
 
 def test_a_tied_parameter_counts_once() -> None:
-    assert price(plan((0, 4, DATA)), tied=True).memory[0].parameter_bytes == 3 * WEIGHT
+    memory = price(plan((0, 4, DATA)), tied=True).memory[0]
+    assert memory.parameter_bytes == 3 * WEIGHT
+    # Each layer that uses it has a gradient of its own.
+    assert memory.gradient_bytes == 4 * WEIGHT
 
 
 def test_layers_that_disagree_on_a_tied_parameter_are_refused() -> None:
