@@ -46,6 +46,8 @@ CYCLES: dict[str, tuple[LayerStrategy, ...]] = {
         _ulysses("c", dp="ab", zero=3, remat="attention"),
     ),
     "ulysses-with-tp": (_ulysses("b", dp="a", tp="c"), _ulysses("bc", dp="a", zero=2, remat="full")),
+    "tp4": (_plain(dp="a", tp="bc"),),
+    "zero3": (_plain(dp="abc", zero=3),),
     "tp2-everywhere": (_plain(dp="ab", tp="c"),),
     "zero3-full": (_plain(dp="abc", zero=3, remat="full"),),
 }

@@ -63,8 +63,13 @@ def either(*optimizers: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def batches(model: str, num_microbatches: int) -> list[dict[str, np.ndarray]]:
-    """One global batch per step."""
-    return [MODELS[model].batch(MICROBATCH * num_microbatches, seed=seed) for seed in range(STEPS)]
+    """One global batch per step.
+
+    Not every seed will do: where a ReLU's argument is zero but for rounding (T5's, in one element of the batch of seed
+    0 at four micro-batches), plans fall on either side of the kink and gradients differ by 5e-4.
+    """
+    first = 0 if num_microbatches == 1 else 5
+    return [MODELS[model].batch(MICROBATCH * num_microbatches, seed=first + step) for step in range(STEPS)]
 
 
 @functools.cache
