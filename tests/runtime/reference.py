@@ -18,7 +18,7 @@ from .matrix import MICROBATCH, traced
 OPTIMIZERS = {
     "sgd": optax.sgd(0.03, momentum=0.9),
     # A gradient that is zero but for rounding must not become a full step: hence the large eps.
-    "adamw": optax.adamw(3e-2, eps=1e-2, weight_decay=0.1),
+    "adamw": optax.adamw(3e-3, eps=1e-2, weight_decay=0.1),
 }
 STEPS = 3
 
