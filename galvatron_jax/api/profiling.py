@@ -97,8 +97,7 @@ def measure_profile(
     strategies: dict[LayerStrategy, None] = {}
     for kind in traced.spec.kinds:
         for microbatch in microbatches:
-            accumulates = microbatch < global_batch
-            found = space.strategies(kind, mesh=mesh, microbatch=microbatch, accumulates=accumulates, pruned=Counter())
+            found = space.strategies(kind, mesh=mesh, microbatch=microbatch, pruned=Counter())
             strategies |= dict.fromkeys(found)
     points = choose_points(traced.spec, list(strategies), mesh=sizes, microbatches=microbatches)
     programs = [(point, partial(timed_layer, traced, point, mesh=sizes)) for point in points]

@@ -162,7 +162,6 @@ class ChainBuilder:
                 self.costs.model.kinds[kind],
                 mesh=self.costs.table.mesh,
                 microbatch=batching.microbatch,
-                accumulates=batching.num_microbatches > 1,
                 pruned=self.pruned,
             )
         return self._strategies[key]

@@ -29,8 +29,6 @@ class Rule(StrEnum):
     """The sp degree does not divide the layer's sequence."""
     ZERO_WITHOUT_PARAMETERS = "zero-without-parameters"
     """The layer has no parameters, so every ZeRO stage is the same."""
-    ZERO1_IN_ONE_MICROBATCH = "zero1-in-one-microbatch"
-    """With one micro-batch, ZeRO 1 communicates as much as ZeRO 2 and holds whole gradients besides."""
     DOMINATED = "dominated"
     """Another strategy with the same layouts at its boundary is no slower and needs no more memory."""
     TP_ACROSS_NODES = "tp-across-nodes"
@@ -90,7 +88,7 @@ class SearchSpace:
         return tuple(sorted(set(self.num_microbatches)))
 
     def strategies(
-        self, kind: LayerKind, *, mesh: tuple[MeshAxis, ...], microbatch: int, accumulates: bool, pruned: Counter[str]
+        self, kind: LayerKind, *, mesh: tuple[MeshAxis, ...], microbatch: int, pruned: Counter[str]
     ) -> tuple[LayerStrategy, ...]:
         """Strategies of one layer kind, the plainest first.
 
@@ -98,7 +96,6 @@ class SearchSpace:
             kind: the layer kind.
             mesh: axes, slowest first.
             microbatch: examples of one micro-batch over all devices; dp must divide it.
-            accumulates: whether there is more than one micro-batch.
             pruned: counts what each rule removes.
         """
         divided = [axes for axes in self._splits(mesh) if microbatch % _degree(axes[0], mesh) == 0]
@@ -111,7 +108,7 @@ class SearchSpace:
             for zero in self.zero
             for dp, tp, sp, sp_kind in kept
             if self._admits_zero(zero, dp + (sp if sp_kind is SequenceParallel.ULYSSES else ()))
-            and self._worth_zero(zero, kind, accumulates=accumulates, pruned=pruned)
+            and self._worth_zero(zero, kind, pruned)
         )
 
     def _splits(self, mesh: tuple[MeshAxis, ...]) -> Iterator[_Axes]:
@@ -151,13 +148,10 @@ class SearchSpace:
         """ZeRO needs replicas to shard over; where there are none, the lowest allowed stage stands for all."""
         return bool(replicas) or zero == min(self.zero)
 
-    def _worth_zero(self, zero: int, kind: LayerKind, *, accumulates: bool, pruned: Counter[str]) -> bool:
+    def _worth_zero(self, zero: int, kind: LayerKind, pruned: Counter[str]) -> bool:
         trained = any(port.role is PortRole.PARAMETER for port in kind.inputs)
         if zero != min(self.zero) and not trained and self.applies(Rule.ZERO_WITHOUT_PARAMETERS):
             pruned[Rule.ZERO_WITHOUT_PARAMETERS] += 1
-            return False
-        if zero == 1 and 2 in self.zero and not accumulates and self.applies(Rule.ZERO1_IN_ONE_MICROBATCH):
-            pruned[Rule.ZERO1_IN_ONE_MICROBATCH] += 1
             return False
         return True
 

@@ -44,7 +44,6 @@ def brute_force_seconds(
                     model.kinds[layer.kind],
                     mesh=mesh,
                     microbatch=batch // count,
-                    accumulates=count > 1,
                     pruned=Counter(),
                 )
                 for layer in model.layers
@@ -204,7 +203,7 @@ def test_ulysses_and_tp_share_a_layer_when_the_heuristic_is_off() -> None:
     kind = toy_model(1).kinds[1]
     both = [
         s
-        for s in space.strategies(kind, mesh=mesh, microbatch=8, accumulates=False, pruned=Counter())
+        for s in space.strategies(kind, mesh=mesh, microbatch=8, pruned=Counter())
         if s.tp and s.sp_kind is SequenceParallel.ULYSSES
     ]
     assert both
