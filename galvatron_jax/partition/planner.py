@@ -50,6 +50,8 @@ class Pass:
     allowed: tuple[frozenset[int], ...]
     """Per axis, the factors it may shard."""
     held: dict[int, Held] = field(default_factory=dict)
+    pricing: bool = False
+    """Only layouts, conversions and FLOPs are wanted: applications are not recorded."""
     instructions: list[Instruction] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     flops: float = 0.0
@@ -264,9 +266,12 @@ class Pass:
 
     def apply(self, op: StaticOp) -> None:
         """Chooses a factor per axis, converts the operands and records the results."""
+        held = [self.held[v] for v in op.operands]
+        if all(h.layouts[0] == self.nowhere for h in held):
+            self._repeat(op)
+            return
         chosen: dict[int, StaticFactor] = {}
         kept: set[int] = set()
-        held = [self.held[v] for v in op.operands]
         for axis in self.axis_range:
             if all(h.layouts[0][axis] == NOWHERE for h in held):
                 continue
@@ -302,30 +307,37 @@ class Pass:
     ) -> None:
         reduced = [a for a, f in chosen.items() if f.kind not in (FactorKind.PARALLEL, FactorKind.SCATTER_INDEX)]
         at_once = op.combine != "sum" and bool(reduced)
+        pending = kept if at_once else (*kept, *reduced)
+        layouts = [self._result_layout(position, chosen, pending) for position in range(len(op.results))]
+        combined = tuple(n for a in sorted(reduced) for n in self.axes[a].names) if at_once else ()
+        self._hold_results(op, operands, wanted, layouts, chosen, combined)
+
+    def _repeat(self, op: StaticOp) -> None:
+        """An operation on whole operands, done by every device."""
+        operands = tuple((v, 0) for v in op.operands)
+        self._hold_results(op, operands, (self.nowhere,) * len(operands), (self.nowhere,) * len(op.results), {}, ())
+
+    def _hold_results(
+        self,
+        op: StaticOp,
+        operands: tuple[Version, ...],
+        wanted: Sequence[Layout],
+        layouts: Sequence[Layout],
+        chosen: Mapping[int, StaticFactor],
+        combined: tuple[str, ...],
+    ) -> None:
         lazy = self._lazy_result(op) if op.elementwise else frozenset()
-        results, shapes = [], []
-        for position, value in enumerate(op.results):
-            layout = list(self.nowhere)
-            for axis, factor in chosen.items():
-                layout[axis] = factor.results[position]
-            for axis in kept:
-                layout[axis] = PENDING
-            if not at_once:
-                for axis in reduced:
-                    layout[axis] = PENDING
-            results.append(self.hold(value, tuple(layout), lazy=lazy))
-            shapes.append(self.local_shape(value, tuple(layout), lazy))
-        materialise = tuple(
-            self._materialise(op, version, layout) for version, layout in zip(operands, wanted, strict=True)
-        )
-        names = tuple(n for a in sorted(reduced) for n in self.axes[a].names)
-        self.instructions.append(
-            Apply(
-                op.index, operands, tuple(results), materialise, tuple(shapes),
-                shifts=self._shifts(op, chosen),
-                combine=(names, op.combine) if at_once else None,
-            )
-        )  # fmt: skip
+        results = tuple(self.hold(value, layout, lazy=lazy) for value, layout in zip(op.results, layouts, strict=True))
+        if not self.pricing:
+            spread = (self._materialise(op, v, layout) for v, layout in zip(operands, wanted, strict=True))
+            shapes = (self.local_shape(value, layout, lazy) for value, layout in zip(op.results, layouts, strict=True))
+            self.instructions.append(
+                Apply(
+                    op.index, operands, results, tuple(spread), tuple(shapes),
+                    shifts=self._shifts(op, chosen),
+                    combine=(combined, op.combine) if combined else None,
+                )
+            )  # fmt: skip
         points = op.flops
         if points:
             for factor in op.factors:
@@ -333,6 +345,14 @@ class Pass:
             for axis in chosen:
                 points /= self.axes[axis].size
             self.flops += points
+
+    def _result_layout(self, position: int, chosen: Mapping[int, StaticFactor], pending: Iterable[int]) -> Layout:
+        layout = list(self.nowhere)
+        for axis, factor in chosen.items():
+            layout[axis] = factor.results[position]
+        for axis in pending:
+            layout[axis] = PENDING
+        return tuple(layout)
 
     def _lazy_result(self, op: StaticOp) -> frozenset[int]:
         """Dims along which every operand is of size 1 still."""

@@ -212,7 +212,7 @@ def _option_cost(
         together.setdefault(frozenset(factors | option.get(name, set())), []).append(name)
     axes = [_axis(Role.TENSOR, names, mesh) for names in together.values()]
     allowed = list(together)
-    planner = Pass(static.program, sizes, tuple(axes), tuple(allowed))
+    planner = Pass(static.program, sizes, tuple(axes), tuple(allowed), pricing=True)
     for port in static.kind.inputs:
         planner.hold(port.value, parameter_layout(static, port.value, AxisPlan(planner.axes, planner.allowed)))
     for port in static.kind.outputs:
