@@ -16,7 +16,9 @@ from galvatron_jax.cost.step import plan_memory
 from galvatron_jax.runtime.step import Step, build_step
 from galvatron_jax.spec.presets import cluster_preset
 from galvatron_jax.trace.model import trace
-from tests.runtime.matrix import CYCLES, MICROBATCH, PLANS, Case, plan_of
+from tests.runtime.matrix import CYCLES, MICROBATCH, PLANS, Case, plan_of, traced
+
+from .budgets import BUDGETS, MODEL, OPTIMIZER, chosen
 
 SAMPLE = {
     "gpt2-tp4-zero3", "gpt2_tied_dropout-zeros-m4", "llama_tp_over_kv-tp8", "unet-zero3-full", "batchnorm_net-zeros-m4",
@@ -94,3 +96,15 @@ def test_what_the_loss_does_not_read_is_counted_too() -> None:
     step = build_step(model, plan, optax.adam(1e-3))
     assert predicted_bytes(step) == compiled_bytes(step)
     assert compiled_bytes(step) > 3 * 4 * (24 * 8 + 8) + 4 * 3 * 5
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize(
+    "budget", [pytest.param(b, marks=() if b == BUDGETS[3] else (pytest.mark.slow,)) for b in BUDGETS]
+)
+def test_the_arguments_of_plans_that_the_search_chooses_are_exact(budget: int) -> None:
+    plan = chosen(budget).plan
+    model = traced(MODEL, plan.global_batch // plan.num_microbatches)
+    step = build_step(model, plan, OPTIMIZER)
+    assert plan.prediction is not None
+    assert plan.prediction.memory[0].argument_bytes == compiled_bytes(step)

@@ -140,10 +140,10 @@ def parameters() -> list:
 
 
 @functools.cache
-def traced(name: str) -> Traced:
+def traced(name: str, microbatch: int = MICROBATCH) -> Traced:
     """A model of the tests, traced at one micro-batch."""
     case = MODELS[name]
-    batch = case.batch(MICROBATCH)
+    batch = case.batch(microbatch)
     if case.flavour == "linen":
         return trace(case.make(), case.loss_fn, batch, name=name)
     build = case.make()
