@@ -156,7 +156,7 @@ def trained(step: Step, model: str) -> dict[str, Any]:
         return {**state, "params": params, "opt_state": opt_state, "step": state["step"] + 1}
 
     for number in range(STEPS):
-        # One program at a time: eight virtual devices share the host's few threads, and collectives wait for each other.
+        # One program at a time: eight virtual devices share few threads, and collectives wait for each other.
         gradients = jax.block_until_ready(pack(random_like(model, number + 1)))
         state = jax.block_until_ready(update(gradients, state))
     return state
