@@ -20,6 +20,8 @@ if not ON_GPU:
             os.environ.get("XLA_FLAGS", ""),
             f"--xla_force_host_platform_device_count={NUM_DEVICES}",
             "--xla_backend_optimization_level=0",
+            # Eight devices share the cores: on a busy machine a collective may wait long for its last member.
+            "--xla_cpu_collective_call_terminate_timeout_seconds=300",
         )
     ).strip()
 

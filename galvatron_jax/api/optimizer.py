@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from typing import Any
 
 import jax
 import optax
 
 from galvatron_jax.cost import OptimizerMemory
+from galvatron_jax.runtime.optimizer_state import nested, state_tree
 from galvatron_jax.spec.model import ModelSpec
 
 
@@ -24,21 +24,11 @@ def optimizer_memory(optimizer: optax.GradientTransformation, model: ModelSpec) 
         One slot per place in the state that holds an array of every parameter's shape; all else as bytes.
     """
     parameters = {p.path: jax.ShapeDtypeStruct(p.shape, jax.numpy.dtype(p.dtype)) for p in model.parameters}
-    state = jax.eval_shape(optimizer.init, parameters)
-    places: dict[tuple, dict[str, Any]] = defaultdict(dict)
-    other = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        name = getattr(path[-1], "key", None) if path else None
-        if name in parameters and leaf.shape == parameters[name].shape:
-            places[path[:-1]][name] = leaf
-        else:
-            other.append(leaf)
-    slots = []
-    for leaves in places.values():
-        if len(leaves) == len(parameters):
-            slots.append(_slot_dtype(leaves, parameters))
-        else:
-            other.extend(leaves.values())
+    state = state_tree(jax.eval_shape(optimizer.init, nested(parameters)), parameters)
+    whole = [slot for slot in state.slots if len(slot.leaves) == len(parameters)]
+    counted = {position for slot in whole for position in slot.leaves.values()}
+    slots = [_slot_dtype({path: state.shapes[i] for path, i in slot.leaves.items()}, parameters) for slot in whole]
+    other = [leaf for position, leaf in enumerate(state.shapes) if position not in counted]
     return OptimizerMemory(tuple(slots), sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in other))
 
 
