@@ -126,10 +126,10 @@ class _Prediction:
                 self.move(group.shape, group.dtype, group.boundary(), spec_of(run, port, optimizer=False))
                 continue
             for reference in way.references if way.way is Way.STACKED else way.references[:1]:
-                self.move_value(reference, self.specs[reference], plan.inputs[port])
+                self.move_value(reference, self.specs[reference], run.local.input_spec(port))
         self.add(plan.forward.collectives, self.length(run))
         for port, references in enumerate(run.outputs):
-            self.move_value(references[0], plan.outputs[port], self.specs[references[0]], self.length(run))
+            self.move_value(references[0], run.local.output_spec(port), self.specs[references[0]], self.length(run))
 
     def measures(self) -> None:
         for sink, reference in self.step.traced.spec.results:
@@ -150,10 +150,10 @@ class _Prediction:
             for index, reference in enumerate(run.outputs[port]):
                 last = port in carried and index == run.length - 1
                 if reference in cotangents and not last:
-                    self.move_value(reference, self.specs[reference], plan.outputs[port])
+                    self.move_value(reference, self.specs[reference], run.local.output_spec(port))
             if port in carried:
                 first = run.outputs[port][0]
-                self.move_value(first, self.specs[first], plan.outputs[port], self.length(run))
+                self.move_value(first, self.specs[first], run.local.output_spec(port), self.length(run))
         self.add(plan.backward.collectives, self.length(run))
         for port in ports:
             if kind.inputs[port].role is not PortRole.PARAMETER:
@@ -163,7 +163,7 @@ class _Prediction:
         way = run.inputs[port]
         for reference in way.references if way.way is Way.STACKED else way.references[:1]:
             if reference.startswith("value:"):
-                self.move_value(reference, run.local.plan.inputs[port], self.specs[reference])
+                self.move_value(reference, run.local.input_spec(port), self.specs[reference])
                 cotangents.add(reference)
 
     # -------------------------------------------------------------------------------------------- once a step
@@ -217,8 +217,9 @@ def traced_collectives(step: Step) -> Collectives:
         axes = (axes,) if isinstance(axes, str) else axes
         kind = _PRIMITIVES[name].value if name in _PRIMITIVES else name
         for operand in equation.invars:
-            dtype = operand.aval.dtype
-            size = math.prod(operand.aval.shape) * dtype.itemsize
+            aval: Any = operand.aval
+            dtype = aval.dtype
+            size = math.prod(aval.shape) * dtype.itemsize
             found[CollectiveSignature(kind, tuple(sorted(axes, key=order.index)), size, str(dtype))] += times
     return found
 
