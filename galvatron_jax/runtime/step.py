@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from galvatron_jax.errors import InputError, PlanMismatchError
+from galvatron_jax.runtime.birth import birth_specs
 from galvatron_jax.runtime.emit import run_steps
 from galvatron_jax.runtime.execution import Executor, Gradients, spec_of
 from galvatron_jax.runtime.optimizer import OptimizerProgram, make_optimizer
@@ -119,6 +120,10 @@ class Step:
 
     def _init(self, seed: Any) -> State:
         parameters, model_state = self.traced.functional.init(seed)
+        born = birth_specs(self.storage, self.traced.functional.parameters, mesh=self.executor.layouts.mesh)
+        parameters |= {
+            path: lax.with_sharding_constraint(parameters[path], self.sharding(spec)) for path, spec in born.items()
+        }
         params = self.storage.pack(parameters)
         return {
             "params": params,
