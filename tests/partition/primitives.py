@@ -157,9 +157,7 @@ def _convolution(draw: Draw) -> Sample:
 def _reshape(draw: Draw) -> Sample:
     parts = shape(draw, most=4)
     source, target = (_joined(draw, parts) for _ in range(2))
-    return Sample(
-        lambda x: lax.reshape(x * 2, target) if target != source else x * 2 + jnp.ravel(x)[0], (floats(draw, source),)
-    )
+    return Sample(lambda x: lax.reshape(x, target) * 2, (floats(draw, source),))
 
 
 def _joined(draw: Draw, parts: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from galvatron_jax.trace.flat import flatten
-from galvatron_jax.trace.rules import SHARDING_RULES
+from galvatron_jax.trace.rules import ELEMENTWISE, SHARDING_RULES
 
 from .harness import planned
 from .primitives import MAKERS, UNREACHED, Sample
@@ -73,25 +73,15 @@ def _forward(name: str, data: st.DataObject) -> None:
     sample = data.draw(st.composite(MAKERS[name])())
     flat = flatten(jax.make_jaxpr(sample.function)(*sample.operands))
     primitives = {op.primitive.name for op in flat.operations}
-    if name in UNREACHED or not primitives & {name.split(" ")[0]}:
-        MISSED.setdefault(name, 0)
-        MISSED[name] += 1
+    assume(name.split(" ")[0] in primitives or name in UNREACHED)  # A transposition may be none.
     check(data.draw, sample.function, sample.operands)
-
-
-MISSED: dict[str, int] = {}
-
-
-def _sum_of_integers(sample: Sample) -> bool:
-    return any(np.issubdtype(x.dtype, np.floating) for x in sample.operands)
 
 
 def _gradient(name: str, data: st.DataObject) -> None:
     sample = data.draw(st.composite(MAKERS[name])())
-    if not _sum_of_integers(sample):
-        return
-    function, operands = composite(sample)
-    check(data.draw, function, operands)
+    if any(np.issubdtype(x.dtype, np.floating) for x in sample.operands):
+        function, operands = composite(sample)
+        check(data.draw, function, operands)
 
 
 UNDIFFERENTIABLE = CURVED | {
@@ -107,7 +97,11 @@ def test_a_rule_computes_what_the_primitive_does(name: str, data: st.DataObject)
     _forward(name, data)
 
 
-@pytest.mark.parametrize("name", sorted(set(MAKERS) - UNDIFFERENTIABLE))
+SIMPLE = ELEMENTWISE - {"mul", "select_n", "tanh", "add_any"}
+"""Elementwise primitives, whose composites are much alike."""
+
+
+@pytest.mark.parametrize("name", sorted(set(MAKERS) - UNDIFFERENTIABLE - SIMPLE))
 @QUICK
 @given(data=st.data())
 def test_a_composite_with_gradient_computes_what_one_device_does(name: str, data: st.DataObject) -> None:
