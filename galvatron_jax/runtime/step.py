@@ -159,6 +159,9 @@ class Step:
             state: as the last call gave it.
             batch: pytree of arrays with the global batch as dim 0.
         """
+        if self.mesh.devices.flat[0].platform == "cpu":
+            # Virtual devices share one pool of threads: two steps in flight can block each other's collectives.
+            jax.block_until_ready(state)
         return self.jitted(state, self.place(batch))
 
     def place(self, batch: Any) -> dict[str, Any]:
