@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,10 +82,10 @@ class StaticProgram:
     def sizes(self, growing: int | None, microbatch: int, traced_at: int) -> tuple[int, ...]:
         """Sizes of all factors at another micro-batch."""
         sizes = [f.size for f in self.program.factors]
-        if growing is not None and microbatch != traced_at:
-            total = math.prod(f.size for f in self.program.factors if f.role is FactorRole.BATCH)
-            rest = total // sizes[growing]
-            sizes[growing] = max(1, microbatch * total // traced_at // rest)
+        for index, factor in enumerate(self.program.factors):
+            # A batch dim that the layer takes apart grows in one of its factors; whole ones are the batch each.
+            if factor.role is FactorRole.BATCH and (factor.size == traced_at or index == growing):
+                sizes[index] = max(1, factor.size * microbatch // traced_at)
         return tuple(sizes)
 
 
