@@ -69,6 +69,8 @@ def _local(*names: str) -> Any:
 
 @_local("reshape", "squeeze", "expand_dims")
 def _reshape(bind: LocalBind, operand: Any) -> list[Any]:
+    if bind.op.primitive.name == "reshape" and bind.op.params["dimensions"] is not None:
+        operand = lax.transpose(operand, bind.op.params["dimensions"])  # Its dims are read in another order.
     return [jnp.reshape(operand, bind.local_shapes[0])]
 
 
