@@ -16,13 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from galvatron_jax.models.gpt2 import GPT2Config
 
 P = PartitionSpec
-GATHERED = "gathered"
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def attention(layout: Layout, p: Mapping[str, Array], x: Array) -> Array:
 
 def block(layout: Layout, x: Array, p: Mapping[str, Array]) -> Array:
     if layout.gathers:
-        p = {name: checkpoint_name(layout.put(leaf), GATHERED) for name, leaf in p.items()}
+        p = {name: layout.put(leaf) for name, leaf in p.items()}
     x = layout.put(x + attention(layout, p, norm(x, p["norm1_scale"], p["norm1_bias"])), "data")
     hidden = norm(x, p["norm2_scale"], p["norm2_bias"]) @ p["up"] + p["up_bias"]
     hidden = jax.nn.gelu(layout.put(hidden, "data", None, "model"), approximate=True)
@@ -114,11 +112,11 @@ def loss_fn(params: Mapping[str, Any], tokens: Array, *, layout: Layout) -> Arra
     if layout.gathers:
         outer = {name: layout.put(leaf) for name, leaf in outer.items()}
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    x = layout.put(outer["tokens"][inputs] + outer["positions"][: inputs.shape[1]], "data")
+    x = layout.put(outer["tokens"][inputs] + outer["positions"][jnp.arange(inputs.shape[1])], "data")
     body: Callable = functools.partial(block, layout)
     if layout.gathers:
-        # Gathered parameters are not kept for the backward pass but gathered again; all else is kept.
-        body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED))
+        # Gathered parameters are not kept for the backward pass but gathered again; all computed values are kept.
+        body = jax.checkpoint(body, policy=lambda primitive, *_, **__: primitive.name != "sharding_constraint")
     x, _ = lax.scan(lambda x, p: (body(x, p), None), x, params["blocks"])
     logits = norm(x, outer["norm_scale"], outer["norm_bias"]) @ outer["head"]
     logits = layout.put(logits, "data", None, "model")

@@ -16,19 +16,16 @@ class RecurrentBlock(nnx.Module):
     def __init__(self, width: int, inner: int, *, dense: bool, rngs: nnx.Rngs):
         self.norm = nnx.RMSNorm(width, rngs=rngs)
         self.into = nnx.Linear(width, inner, rngs=rngs)
-        self.decay = nnx.Param(jnp.linspace(-1.0, 1.0, inner))
+        self.decay = None if dense else nnx.Param(jnp.linspace(-1.0, 1.0, inner))
         self.mix = nnx.Linear(inner, inner, use_bias=False, rngs=rngs) if dense else None
         self.out = nnx.Linear(inner, width, rngs=rngs)
 
     def __call__(self, x):
         inputs = jnp.swapaxes(self.into(self.norm(x)), 0, 1)
-        decay = jax.nn.sigmoid(self.decay[...])
+        decay = None if self.decay is None else jax.nn.sigmoid(self.decay[...])
 
         def step(hidden, u):
-            if self.mix is not None:
-                hidden = jnp.tanh(u + self.mix(hidden))
-            else:
-                hidden = decay * hidden + u
+            hidden = jnp.tanh(u + self.mix(hidden)) if decay is None else decay * hidden + u
             return hidden, hidden
 
         _, outputs = lax.scan(step, jnp.zeros(inputs.shape[1:], inputs.dtype), inputs)
