@@ -37,9 +37,6 @@ PLANS = {
     "dp2-tp4": (LayerStrategy(dp=("a",), tp=("b", "c")), by_hand.tensor_parallel),
     "zero3-dp8": (LayerStrategy(dp=("a", "b", "c"), zero=3), by_hand.zero3),
 }
-import os
-
-ONLY = os.environ.get("ONLY", "").split()
 OPTIMIZER = optax.adamw(1e-3)
 
 
@@ -48,7 +45,7 @@ def measure(full: bool) -> Outcome:
     traced = trace_model(config)
     tokens = registry.family("gpt2").random_batch(config, BATCH)["tokens"]
     results, claims = [], []
-    for name in ONLY or PLANS:
+    for name in PLANS:
         pairs, losses = compare(name, config, traced, tokens, seconds=FULL_SECONDS if full else SECONDS)
         ratio, clock = pairs.settled
         results.append({"plan": name, **pairs.summary("generated", "handwritten"), "losses": losses})
