@@ -18,7 +18,8 @@ from jax.extend import core as jex
 
 from galvatron_jax.partition.boundary import boundary_collectives
 from galvatron_jax.partition.counts import collective
-from galvatron_jax.partition.layer_plan import BoundarySpec, Collective
+from galvatron_jax.partition.instructions import Convert, Instruction, Loop
+from galvatron_jax.partition.layer_plan import BoundarySpec, Collective, PhasePlan
 from galvatron_jax.partition.layout import Step as LayoutStep
 from galvatron_jax.partition.layout import StepKind
 from galvatron_jax.partition.static import itemsize
@@ -27,6 +28,7 @@ from galvatron_jax.runtime.runs import Run, Way
 from galvatron_jax.runtime.step import Step
 from galvatron_jax.spec.model import PortRole
 from galvatron_jax.spec.profile import CollectiveKind
+from galvatron_jax.spec.program import Program
 
 
 @dataclass(frozen=True, order=True)
@@ -114,6 +116,10 @@ class _Prediction:
     def length(self, run: Run) -> int:
         return 1 if self.once else run.length
 
+    def of_phase(self, run: Run, phase: PhasePlan) -> Sequence[Collective]:
+        program = run.local.static.program.program
+        return list(_in_text(phase.instructions, program)) if self.once else phase.collectives
+
     # -------------------------------------------------------------------------------------------- one micro-batch
 
     def forward(self, number: int, run: Run) -> None:
@@ -127,7 +133,7 @@ class _Prediction:
                 continue
             for reference in way.references if way.way is Way.STACKED else way.references[:1]:
                 self.move_value(reference, self.specs[reference], run.local.input_spec(port))
-        self.add(plan.forward.collectives, self.length(run))
+        self.add(self.of_phase(run, plan.forward), self.length(run))
         for port, references in enumerate(run.outputs):
             self.move_value(references[0], run.local.output_spec(port), self.specs[references[0]], self.length(run))
 
@@ -154,7 +160,7 @@ class _Prediction:
             if port in carried:
                 first = run.outputs[port][0]
                 self.move_value(first, self.specs[first], run.local.output_spec(port), self.length(run))
-        self.add(plan.backward.collectives, self.length(run))
+        self.add(self.of_phase(run, plan.backward), self.length(run))
         for port in ports:
             if kind.inputs[port].role is not PortRole.PARAMETER:
                 self.hand_back(run, port, cotangents)
@@ -187,6 +193,23 @@ class _Prediction:
         dtype = run.local.static.program.program.values[run.local.static.kind.inputs[port].value].dtype
         moved = [collective(s, itemsize(dtype), dtype) for s in steps if s.kind is not StepKind.SLICE]
         self.add(moved, stacked=stacked)
+
+
+def _in_text(instructions: Iterable[Instruction], program: Program) -> Iterator[Collective]:
+    """Collectives of planned instructions, those of loops over time once."""
+    for instruction in instructions:
+        if isinstance(instruction, Loop):
+            yield from _in_text(instruction.body, program.operations[instruction.operation].bodies[0])
+        elif isinstance(instruction, Convert):
+            dtype = program.values[instruction.value].dtype
+            moves = [s for s in instruction.steps if s.kind is not StepKind.SLICE]
+            yield from (collective(s, itemsize(dtype), dtype) for s in moves)
+        elif instruction.combine is not None:
+            dtype = program.values[instruction.results[0][0]].dtype
+            dtype = "int32" if dtype == "bool" else dtype
+            names, how = instruction.combine
+            size = math.prod(instruction.shapes[0]) * itemsize(dtype)
+            yield Collective(CollectiveKind.ALL_REDUCE, names, len(names), size, how, dtype)
 
 
 # ------------------------------------------------------------------------------------------------ as traced

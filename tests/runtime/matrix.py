@@ -76,6 +76,8 @@ PLANS: dict[str, tuple[str, ...]] = {
     "linen_scan_gpt": ("megatron-ulysses-dp", "tp4-zero3", "zero3-full"),
     "batchnorm_net": ("tp4-zero3", "zeros", "zero3-full"),
     "plain_mlp": ("tp4-zero3", "zeros", "zero3-full"),
+    "recurrent_dense": ("tp4-zero3", "zeros", "remats"),
+    "recurrent_diagonal": ("tp4-zero3", "megatron-ulysses-dp", "zero3-full"),
     "remat_gpt": ("tp4-zero3", "megatron-ulysses-dp", "remats"),
 }
 """Per model, at least three unlike cycles."""
