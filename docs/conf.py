@@ -62,3 +62,7 @@ def _read_docstring(app, what, name, obj, options, lines):
 
 def setup(app):
     app.connect("autodoc-process-docstring", _read_docstring, priority=100)
+
+
+# Several classes are called Step; annotations name the one in scope, which Sphinx cannot tell.
+suppress_warnings = ["ref.python"]
