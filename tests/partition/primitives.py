@@ -82,8 +82,7 @@ _UNARY = {
     "cbrt": lax.cbrt, "square": lax.square, "abs": lax.abs, "sign": lax.sign, "floor": lax.floor, "ceil": lax.ceil,
     "round": lax.round, "is_finite": lax.is_finite, "integer_pow": lambda x: lax.integer_pow(x, 3),
     "convert_element_type": lambda x: lax.convert_element_type(x * 9, jnp.int32).astype(jnp.float32) + x,
-    "bitcast_convert_type": lambda x: lax.bitcast_convert_type(x, jnp.int32),
-    "reduce_precision": lambda x: lax.reduce_precision(x, 8, 12),
+    "reduce_precision": lambda x: lax.reduce_precision(x, 8, 20),
     "name": lambda x: checkpoint_name(x, "here"),
     "copy": jnp.copy,
     "complex": lambda x: lax.abs(lax.complex(x, x)),
@@ -107,6 +106,7 @@ for _name in ("shift_left", "shift_right_logical", "shift_right_arithmetic"):
     elementwise(_name, getattr(lax, _name), integers, integers)
 for _name in ("population_count", "clz"):
     elementwise(_name, getattr(lax, _name), integers)
+elementwise("bitcast_convert_type", lambda x: lax.bitcast_convert_type(x, jnp.uint32), integers)
 elementwise("not", lax.bitwise_not, integers)
 elementwise("select_n", lambda c, x, y: lax.select(c, x, y), booleans, floats, floats)
 elementwise("clamp", lambda x: lax.clamp(np.float32(0.3), x, np.float32(0.6)), floats)
@@ -355,11 +355,16 @@ def _pad(draw: Draw) -> Sample:
     return Sample(lambda x: lax.pad(x, value, config), (floats(draw, dims),))
 
 
+def _starts(draw: Draw, dims: tuple[int, ...], sizes: tuple[int, ...]) -> np.ndarray:
+    """In bounds: XLA on CPU makes one slice of a clamped slice's slice, and clamps that anew."""
+    return np.asarray([draw(st.integers(0, n - size)) for n, size in zip(dims, sizes, strict=True)], np.int32)
+
+
 @sample("dynamic_slice")
 def _dynamic_slice(draw: Draw) -> Sample:
     dims = shape(draw)
     sizes = tuple(draw(st.sampled_from([n, max(1, n // 2)])) for n in dims)
-    starts = integers(draw, (len(dims),), high=max(dims))
+    starts = _starts(draw, dims, sizes)
     return Sample(lambda x, s: lax.dynamic_slice(x, list(s), sizes), (floats(draw, dims), starts))
 
 
@@ -367,7 +372,7 @@ def _dynamic_slice(draw: Draw) -> Sample:
 def _dynamic_update_slice(draw: Draw) -> Sample:
     dims = shape(draw)
     sizes = tuple(draw(st.sampled_from([n, max(1, n // 2)])) for n in dims)
-    starts = integers(draw, (len(dims),), high=max(dims))
+    starts = _starts(draw, dims, sizes)
     return Sample(
         lambda x, u, s: lax.dynamic_update_slice(x, u, list(s)), (floats(draw, dims), floats(draw, sizes), starts)
     )
