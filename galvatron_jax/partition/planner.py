@@ -182,6 +182,13 @@ class Pass:
     def _admissible(self, op: StaticOp, factor: StaticFactor, axis: int, chosen: Mapping[int, StaticFactor]) -> bool:
         if factor.kind is FactorKind.ZERO_REDUCE and not self.held[op.operands[0]].zero:
             return False
+        return self._fits(factor, axis, chosen) and any(
+            p >= 0 and self.program.dim_of[v][p] not in self.held[v].lazy
+            for v, p in zip(op.operands, factor.operands, strict=True)
+        )
+
+    def _fits(self, factor: StaticFactor, axis: int, chosen: Mapping[int, StaticFactor]) -> bool:
+        """Whether a factor can take one more axis beside those that already shard it."""
         if factor.kind in (FactorKind.INDEX, FactorKind.SCATTER_INDEX) and any(
             f is not factor and f.factor == factor.factor for f in chosen.values()
         ):
@@ -191,12 +198,7 @@ class Pass:
             if taken is factor:
                 shards *= self.axes[other].size
         size = self.sizes[factor.factor]
-        if size < shards or size % shards:
-            return False
-        return any(
-            p >= 0 and self.program.dim_of[v][p] not in self.held[v].lazy
-            for v, p in zip(op.operands, factor.operands, strict=True)
-        )
+        return size >= shards and size % shards == 0
 
     def _result_cost(self, op: StaticOp, factor: StaticFactor, axis: int) -> float:
         """What a pending sum will cost later; and owners compute: weight gradients stay where the weights are."""
@@ -267,13 +269,17 @@ class Pass:
     def apply(self, op: StaticOp) -> None:
         """Chooses a factor per axis, converts the operands and records the results."""
         held = [self.held[v] for v in op.operands]
-        if all(h.layouts[0] == self.nowhere for h in held):
+        rows = self._scatter_rows(op)
+        if not rows and all(h.layouts[0] == self.nowhere for h in held):
             self._repeat(op)
             return
         chosen: dict[int, StaticFactor] = {}
         kept: set[int] = set()
         for axis in self.axis_range:
             if all(h.layouts[0][axis] == NOWHERE for h in held):
+                for factor in rows:
+                    if self._fits(factor, axis, chosen) and self._shards(axis, factor.factor):
+                        chosen[axis] = factor
                 continue
             if self.keeps_pending(op, axis):
                 kept.add(axis)
@@ -287,6 +293,21 @@ class Pass:
         wanted = [self._operand_layout(position, chosen, kept, v) for position, v in enumerate(op.operands)]
         operands = tuple(self.convert(v, layout) for v, layout in zip(op.operands, wanted, strict=True))
         self._emit(op, operands, wanted, chosen, kept)
+
+    def _scatter_rows(self, op: StaticOp) -> list[StaticFactor]:
+        """Factors of the rows that a scatter into zeros makes: where an axis shards them elsewhere, each device makes
+        its own (of an embedding's gradient, or of the logits')."""
+        if op.primitive not in ("scatter-add", "scatter_add") or not self.held[op.operands[0]].zero:
+            return []
+        return [f for f in op.factors if f.kind is FactorKind.SCATTER_INDEX]
+
+    def _shards(self, axis: int, factor: int) -> bool:
+        """Whether the axis may shard a factor, and does in some value."""
+        return factor in self.allowed[axis] and any(
+            place >= 0 and self.program.positions[value][place] == factor
+            for value, held in self.held.items()
+            for place in (layout[axis] for layout in held.layouts)
+        )
 
     def _operand_layout(self, position: int, chosen: Mapping[int, StaticFactor], kept: set[int], value: int) -> Layout:
         layout = list(self.nowhere)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.extend import core as jex
 
 from galvatron_jax import _compat
@@ -69,7 +71,7 @@ class _Flattener:
     def run(self, jaxpr: jex.Jaxpr, consts: Sequence[Any]) -> FlatProgram:
         inputs = [self.new(v.aval) for v in jaxpr.invars]
         outputs = self.inline(jaxpr, [self.constant(c) for c in consts], inputs, recomputed=False)
-        operations = drop_dead(self.operations, outputs)
+        operations = fold_transposes(drop_dead(self.operations, outputs), outputs, self.avals)
         used = {v for op in operations for v in op.operands} | set(outputs)
         constants = {v: c for v, c in self.constants.items() if v in used}
         return FlatProgram(tuple(self.avals), tuple(inputs), tuple(outputs), constants, tuple(operations))
@@ -143,6 +145,44 @@ def drop_dead(operations: Sequence[FlatOp], outputs: Sequence[int]) -> list[Flat
             kept.append(op)
             live.update(op.operands)
     return kept[::-1]
+
+
+def fold_transposes(operations: Sequence[FlatOp], outputs: Sequence[int], avals: Sequence[Aval]) -> list[FlatOp]:
+    """Matrix products whose only reader transposes them, as products of their operands the other way round.
+
+    Weight gradients come as a product and its transpose. XLA on CPU runs the folded form faster, and there is one
+    value less to lay out.
+    """
+    readers = Counter(v for op in operations for v in op.operands)
+    readers.update(outputs)
+    made = {op.results[0]: op for op in operations if op.primitive is lax.dot_general_p}
+    folded: dict[int, FlatOp] = {}
+    for op in operations:
+        product = made.get(op.operands[0]) if op.primitive is lax.transpose_p else None
+        if product is not None and readers[product.results[0]] == 1:
+            params = _swapped(product, op.params["permutation"], len(avals[product.operands[0]].shape))
+            if params is not None:
+                folded[product.results[0]] = replace(
+                    product, params=params, operands=product.operands[::-1], results=op.results
+                )
+    done = {op.results for op in folded.values()}
+    return [folded.get(op.results[0], op) for op in operations if op.results not in done]
+
+
+def _swapped(product: FlatOp, permutation: Sequence[int], left_rank: int) -> dict[str, Any] | None:
+    """Parameters of a matrix product with its operands swapped; None where that does not permute its result so."""
+    (left, right), (left_batch, right_batch) = product.params["dimension_numbers"]
+    precision = product.params["precision"]
+    if product.params["out_sharding"] is not None or not isinstance(precision, lax.Precision | tuple | None):
+        return None
+    batch, first_right = len(left_batch), left_rank - len(left)
+    if tuple(permutation) != (*range(batch), *range(first_right, len(permutation)), *range(batch, first_right)):
+        return None
+    return {
+        **product.params,
+        "dimension_numbers": ((right, left), (right_batch, left_batch)),
+        "precision": precision[::-1] if isinstance(precision, tuple) else precision,
+    }
 
 
 def evaluate(program: FlatProgram, inputs: Sequence[Any]) -> list[Any]:

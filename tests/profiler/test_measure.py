@@ -100,14 +100,20 @@ def test_an_interrupted_run_loses_at_most_one_point(tmp_path):
 
 
 def test_longer_programs_take_longer_and_backward_is_timed_by_itself(tmp_path):
-    bench = Bench(mesh=live_mesh(), cache=TimingCache(tmp_path), sampling=QUICK)
     asked = [
-        (request(64, kind="short"), lambda: Chain(64, length=1, width=128)),
-        (request(64, kind="long"), lambda: Chain(64, length=12, width=128)),
+        (request(64, kind="short"), lambda: Chain(64, length=1, width=256)),
+        (request(64, kind="long"), lambda: Chain(64, length=24, width=256)),
     ]
-    short, long = profile_layers(asked, bench=bench)
-    assert long.forward.median_s > 2 * short.forward.median_s
-    assert long.backward.median_s > 1.2 * long.forward.median_s
+
+    def measure(number: int) -> list[float]:
+        bench = Bench(mesh=live_mesh(), cache=TimingCache(tmp_path / str(number)), sampling=QUICK)
+        short, long = profile_layers(asked, bench=bench)
+        return [short.forward.median_s, long.forward.median_s, long.backward.median_s]
+
+    # Other processes may run at any time: the fastest of a few profiles is the truest.
+    short, forward, backward = map(min, zip(*(measure(n) for n in range(4)), strict=True))
+    assert forward > 2 * short
+    assert backward > 1.2 * forward
 
 
 def test_kind_shape_and_remat_are_cached_apart(tmp_path):

@@ -86,6 +86,8 @@ def test_the_loop_stops_where_the_loss_is_no_number_and_saves_nothing_bad(tmp_pa
 
 
 def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
+    before = signal.getsignal(signal.SIGINT)  # Ignored where the tests run in the background of a script.
+
     def press(progress):
         if progress.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
@@ -96,7 +98,7 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
         checkpoints.wait()
         assert summary.interrupted
         assert checkpoints.latest_step == summary.last_step < 10
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_finished_run_has_nothing_to_do(tmp_path):
