@@ -295,8 +295,10 @@ class Pass:
         self._emit(op, operands, wanted, chosen, kept)
 
     def _scatter_rows(self, op: StaticOp) -> list[StaticFactor]:
-        """Factors of the rows that a scatter into zeros makes: where an axis shards them elsewhere, each device makes
-        its own (of an embedding's gradient, or of the logits')."""
+        """Factors of the rows that a scatter into zeros makes (an embedding's gradient, the logits').
+
+        Where an axis shards them elsewhere, each device makes its own.
+        """
         if op.primitive not in ("scatter-add", "scatter_add") or not self.held[op.operands[0]].zero:
             return []
         return [f for f in op.factors if f.kind is FactorKind.SCATTER_INDEX]
