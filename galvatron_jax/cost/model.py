@@ -10,7 +10,7 @@ from galvatron_jax.cost.links import Links, links_for
 from galvatron_jax.cost.memory import LayerMemory, OptimizerMemory, layer_memory, update_traffic_bytes
 from galvatron_jax.cost.planner import Planner, PlanTable
 from galvatron_jax.cost.sizes import batch_spec, local_bytes, value_dims, whole_bytes
-from galvatron_jax.cost.wiring import Held, LayerWiring, Wiring, wire
+from galvatron_jax.cost.wiring import LayerWiring, Wiring, wire
 from galvatron_jax.partition.layer_plan import BoundarySpec, Collective, LayerPlan
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.model import ModelSpec
@@ -38,19 +38,46 @@ class Batching:
 
 
 @dataclass(frozen=True)
+class PhaseCost:
+    """Seconds of forward or backward of one layer for one micro-batch."""
+
+    compute_s: float
+    communication_s: float
+    """Not hidden by computation."""
+
+    @property
+    def seconds(self) -> float:
+        """Both."""
+        return self.compute_s + self.communication_s
+
+
+@dataclass(frozen=True)
 class LayerCost:
     """One layer's share of a step."""
 
-    compute_s: float
-    """Per micro-batch."""
-    communication_s: float
-    """Per micro-batch, not hidden by computation."""
+    forward: PhaseCost
+    backward: PhaseCost
     synchronisation_s: float
     """Per step."""
     update_s: float
     memory: LayerMemory
     estimated: bool
     """Whether its computation time is scaled or derived, not measured."""
+
+    @property
+    def compute_s(self) -> float:
+        """Per micro-batch, both ways."""
+        return self.forward.compute_s + self.backward.compute_s
+
+    @property
+    def communication_s(self) -> float:
+        """Per micro-batch, both ways."""
+        return self.forward.communication_s + self.backward.communication_s
+
+    @property
+    def once_s(self) -> float:
+        """Per step, whatever the number of micro-batches."""
+        return self.synchronisation_s + self.update_s
 
     def step_s(self, num_microbatches: int) -> float:
         """Seconds of a whole step."""
@@ -112,14 +139,13 @@ class CostModel:
         plan = self.table.plan(wiring.kind, strategy, microbatch=batching.microbatch)
         shape = local_shape(strategy, mesh=self.table.sizes, microbatch=batching.microbatch)
         compute = self.compute.layer(kind, plan, strategy=strategy, shape=shape)
-        exposed = self._exposed(plan.forward.collectives, compute.forward_s)
-        exposed += self._exposed(plan.backward.collectives, compute.backward_s)
+        there, back = self._held_seconds(wiring, plan, batching)
         owned = wiring.owned
         mine = [parameter for parameter in plan.parameters if parameter.port in owned]
         traffic = update_traffic_bytes(kind, plan, owned=owned, optimizer=self.optimizer)
         return LayerCost(
-            compute_s=compute.forward_s + compute.backward_s,
-            communication_s=exposed + self._held_seconds(wiring, plan, batching),
+            forward=PhaseCost(compute.forward_s, self._exposed(plan.forward.collectives, compute.forward_s) + there),
+            backward=PhaseCost(compute.backward_s, self._exposed(plan.backward.collectives, compute.backward_s) + back),
             synchronisation_s=self.seconds(fused(c for p in plan.parameters for c in p.sync))
             + self.seconds(fused(c for p in mine for c in p.publish)),
             update_s=traffic / self.update_bytes_per_s,
@@ -129,16 +155,43 @@ class CostModel:
 
     def transition_seconds(
         self, before: int, wiring: LayerWiring, source: LayerPlan, target: LayerPlan, *, microbatch: int
-    ) -> float:
-        """Seconds per micro-batch, both ways, to hand values from a layer of kind `before` to the next one."""
-        kind, total = self.model.kinds[before], 0.0
+    ) -> tuple[float, float]:
+        """Seconds per micro-batch to hand values from a layer of kind `before` to the next one, and gradients back."""
+        kind = self.model.kinds[before]
+        moves = [
+            self._move_seconds(
+                before,
+                kind.outputs[hop.output].value,
+                source.outputs[hop.output],
+                target.inputs[hop.input],
+                microbatch=microbatch,
+                both_ways=hop.differentiable,
+            )
+            for hop in wiring.hops
+        ]
+        return _sum_pairs(moves)
+
+    def cut_seconds(
+        self, before: int, wiring: LayerWiring, plan: LayerPlan, batching: Batching, *, leaving: bool
+    ) -> tuple[float, float]:
+        """Seconds per micro-batch, there and back, between a layer's layouts and the plan-wide one at a stage's edge.
+
+        Args:
+            before: kind of the layer in front of the cut.
+            wiring: of the layer behind it.
+            plan: of the layer in front when `leaving`, of the layer behind otherwise.
+            batching: how the batch is fed.
+            leaving: whether the values leave their stage or enter the next.
+        """
+        kind, moves = self.model.kinds[before], []
         for hop in wiring.hops:
             value = kind.outputs[hop.output].value
-            left, right = source.outputs[hop.output], target.inputs[hop.input]
-            if left is None or right is None or left == right:
-                continue
-            total += self._move_seconds(before, value, left, right, microbatch=microbatch, both_ways=hop.differentiable)
-        return total
+            whole = batch_spec(kind, value, batching.axes)
+            pair = (plan.outputs[hop.output], whole) if leaving else (whole, plan.inputs[hop.input])
+            moves.append(
+                self._move_seconds(before, value, *pair, microbatch=batching.microbatch, both_ways=hop.differentiable)
+            )
+        return _sum_pairs(moves)
 
     def seconds(self, collectives: Iterable[Collective]) -> float:
         """Collectives one after another."""
@@ -179,47 +232,47 @@ class CostModel:
         total = self.seconds(collectives)
         return total - self.overlap * min(total, compute_s)
 
-    def _held_seconds(self, wiring: LayerWiring, plan: LayerPlan, batching: Batching) -> float:
-        """Conversions between the plan-wide layout and the layer's own."""
-        kind, total = self.model.kinds[wiring.kind], 0.0
-        for held in wiring.reads:
-            value, spec = kind.inputs[held.port].value, plan.inputs[held.port]
-            whole = self._whole(wiring.kind, value, held, batching)
-            total += self._held_move(wiring.kind, value, whole, spec, held, batching)
-        for held in wiring.writes:
-            value, spec = kind.outputs[held.port].value, plan.outputs[held.port]
-            whole = self._whole(wiring.kind, value, held, batching)
-            total += self._held_move(wiring.kind, value, spec, whole, held, batching)
-        return total
+    def _held_seconds(self, wiring: LayerWiring, plan: LayerPlan, batching: Batching) -> tuple[float, float]:
+        """Conversions between the plan-wide layout and the layer's own, in forward and in backward."""
+        kind, moves = self.model.kinds[wiring.kind], []
+        for held, reading in [(h, True) for h in wiring.reads] + [(h, False) for h in wiring.writes]:
+            port = kind.inputs[held.port] if reading else kind.outputs[held.port]
+            spec = plan.inputs[held.port] if reading else plan.outputs[held.port]
+            whole = batch_spec(kind, port.value, batching.axes if held.batched else ())
+            pair = (whole, spec) if reading else (spec, whole)
+            moves.append(
+                self._move_seconds(
+                    wiring.kind, port.value, *pair, microbatch=batching.microbatch, both_ways=held.differentiable
+                )
+            )
+        return _sum_pairs(moves)
 
-    def _whole(self, kind: int, value: int, held: Held, batching: Batching) -> BoundarySpec:
-        return batch_spec(self.model.kinds[kind], value, batching.axes if held.batched else ())
-
-    def _held_move(
+    def _move_seconds(
         self,
         kind: int,
         value: int,
         source: BoundarySpec | None,
         target: BoundarySpec | None,
-        held: Held,
-        batching: Batching,
-    ) -> float:
+        *,
+        microbatch: int,
+        both_ways: bool,
+    ) -> tuple[float, float]:
+        """Seconds to bring a value of a layer kind into another layout, and its gradient back."""
         if source is None or target is None or source == target:
-            return 0.0
-        return self._move_seconds(
-            kind, value, source, target, microbatch=batching.microbatch, both_ways=held.differentiable
-        )
-
-    def _move_seconds(
-        self, kind: int, value: int, source: BoundarySpec, target: BoundarySpec, *, microbatch: int, both_ways: bool
-    ) -> float:
+            return 0.0, 0.0
         layer_kind = self.model.kinds[kind]
         dims = value_dims(layer_kind, value, microbatch=microbatch, model_microbatch=self.model.microbatch)
         dtype = layer_kind.program.values[value].dtype
-        total = self.seconds(self.table.move(dims, dtype, source=source, target=target))
-        if both_ways:
-            total += self.seconds(self.table.move(dims, dtype, source=target, target=source))
-        return total
+        there = self.seconds(self.table.move(dims, dtype, source=source, target=target))
+        back = self.seconds(self.table.move(dims, dtype, source=target, target=source)) if both_ways else 0.0
+        return there, back
+
+
+def _sum_pairs(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    there = back = 0.0
+    for one, other in pairs:
+        there, back = there + one, back + other
+    return there, back
 
 
 def fused(collectives: Iterable[Collective]) -> list[Collective]:

@@ -72,12 +72,14 @@ def predict(
         for wiring, strategy in zip(costs.wiring.layers, strategies, strict=True)
     ]
     moves = sum(
-        costs.transition_seconds(
-            costs.wiring.layers[index - 1].kind,
-            costs.wiring.layers[index],
-            plans[index - 1],
-            plans[index],
-            microbatch=batching.microbatch,
+        sum(
+            costs.transition_seconds(
+                costs.wiring.layers[index - 1].kind,
+                costs.wiring.layers[index],
+                plans[index - 1],
+                plans[index],
+                microbatch=batching.microbatch,
+            )
         )
         for index in range(1, len(plans))
     )

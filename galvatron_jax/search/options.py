@@ -172,8 +172,10 @@ class ChainBuilder:
             self._moves[key] = batching.num_microbatches * np.array(
                 [
                     [
-                        self.costs.transition_seconds(
-                            before.wiring.kind, here.wiring, source, target, microbatch=batching.microbatch
+                        sum(
+                            self.costs.transition_seconds(
+                                before.wiring.kind, here.wiring, source, target, microbatch=batching.microbatch
+                            )
                         )
                         for target in tables[here].examples
                     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 
 from pydantic import Field
@@ -62,6 +63,17 @@ class TimeBreakdown(Record):
     bubble_s: float = 0.0
 
 
+class StageTime(Record):
+    """Predicted seconds of one stage."""
+
+    forward_s: float
+    """Of one micro-batch, its way to the next stage included."""
+    backward_s: float
+    """Of one micro-batch; what the schedule recomputes, and the gradient's way back, included."""
+    once_s: float
+    """Once per step: gradient synchronisation and update."""
+
+
 class MemoryBreakdown(Record):
     """Predicted peak bytes on one device of a stage."""
 
@@ -89,6 +101,8 @@ class Prediction(Record):
     time: TimeBreakdown
     memory: tuple[MemoryBreakdown, ...]
     """Per stage."""
+    stages: tuple[StageTime, ...] = ()
+    """Per stage; empty with one stage."""
     memory_budget_bytes: int | None = None
     provenance: str = "derived"
     """Of the profile that it rests on."""
@@ -115,7 +129,10 @@ class Plan(Document):
     schedule: Schedule = Schedule.NONE
     """Order in which the stages work on the micro-batches; `none` with one stage."""
     stages: tuple[Stage, ...]
-    """Pipeline stages in the order of the model's layers; one without pipeline parallelism."""
+    """Pipeline stages in the order of the model's layers; one without pipeline parallelism. With interleaving, several
+    times as many as there are groups of devices: stage `k` runs on group `k % pipeline_degree`."""
+    pipeline_axes: tuple[str, ...] = ()
+    """Leading mesh axes along which the stages lie; every stage is spread over the others."""
     batch_axes: tuple[str, ...] = ()
     """Mesh axes over which the input batch, and values that cross more than one layer, split their batch dim."""
     executor: str = "local"
@@ -132,6 +149,16 @@ class Plan(Document):
         for axis in self.mesh:
             total *= axis.size
         return total
+
+    @property
+    def pipeline_degree(self) -> int:
+        """Groups of devices that stages lie on."""
+        return math.prod(axis.size for axis in self.mesh if axis.name in self.pipeline_axes)
+
+    @property
+    def stage_mesh(self) -> tuple[MeshAxis, ...]:
+        """Axes over which each stage is spread."""
+        return tuple(axis for axis in self.mesh if axis.name not in self.pipeline_axes)
 
     @property
     def strategies(self) -> tuple[LayerStrategy, ...]:
