@@ -73,12 +73,17 @@ def elementwise(name: str, function: Callable, *kinds: Callable) -> None:
     MAKERS[name] = make
 
 
+def _small(function: Callable) -> Callable:
+    """The function well inside its domain: near a pole, rounding of sums in another order grows without bound."""
+    return lambda x: function(x * 0.3)
+
+
 _UNARY = {
     "neg": lax.neg, "exp": lax.exp, "exp2": lax.exp2, "log": lax.log, "log1p": lax.log1p, "expm1": lax.expm1,
-    "tanh": lax.tanh, "logistic": lax.logistic, "sin": lax.sin, "cos": lax.cos, "tan": lax.tan, "asin": lax.asin,
-    "acos": lax.acos, "atan": lax.atan, "sinh": lax.sinh, "cosh": lax.cosh, "asinh": lax.asinh,
-    "acosh": lambda x: lax.acosh(x + 1.5), "atanh": lax.atanh, "erf": lax.erf, "erfc": lax.erfc,
-    "erf_inv": lax.erf_inv, "lgamma": lax.lgamma, "digamma": lax.digamma, "rsqrt": lax.rsqrt, "sqrt": lax.sqrt,
+    "tanh": lax.tanh, "logistic": lax.logistic, "sin": lax.sin, "cos": lax.cos, "tan": _small(lax.tan),
+    "asin": _small(lax.asin), "acos": _small(lax.acos), "atan": lax.atan, "sinh": lax.sinh, "cosh": lax.cosh,
+    "asinh": lax.asinh, "acosh": lambda x: lax.acosh(x + 1.5), "atanh": _small(lax.atanh), "erf": lax.erf,
+    "erfc": lax.erfc, "erf_inv": lax.erf_inv, "lgamma": lax.lgamma, "digamma": lax.digamma, "rsqrt": lax.rsqrt, "sqrt": lax.sqrt,
     "cbrt": lax.cbrt, "square": lax.square, "abs": lax.abs, "sign": lax.sign, "floor": lax.floor, "ceil": lax.ceil,
     "round": lax.round, "is_finite": lax.is_finite, "integer_pow": lambda x: lax.integer_pow(x, 3),
     "convert_element_type": lambda x: lax.convert_element_type(x * 9, jnp.int32).astype(jnp.float32) + x,
@@ -99,7 +104,7 @@ for _name in ("add", "sub", "mul", "div", "rem", "max", "min", "atan2", "pow", "
 for _name in ("eq", "ne", "lt", "gt", "le", "ge"):
     elementwise(_name, getattr(lax, _name), integers, integers)
 for _name, _primitive in (("eq_to", "eq_to_p"), ("le_to", "le_to_p"), ("lt_to", "lt_to_p")):
-    elementwise(_name, getattr(lax, _primitive).bind, floats, floats)
+    elementwise(_name, getattr(lax, _primitive).bind, integers, integers)
 for _name, _attribute in (("and", "bitwise_and"), ("or", "bitwise_or"), ("xor", "bitwise_xor")):
     elementwise(_name, getattr(lax, _attribute), integers, integers)
 for _name in ("shift_left", "shift_right_logical", "shift_right_arithmetic"):
@@ -238,7 +243,8 @@ reduction("reduce_or", lambda x, axes: jnp.any(x, axes), booleans)
 reduction("reduce_xor", lambda x, axes: lax.reduce_xor(x, axes), integers)
 reduction("argmax", lambda x, axes: lax.argmax(x, axes[0], jnp.int32))
 reduction("argmin", lambda x, axes: lax.argmin(x, axes[0], jnp.int32))
-for _name in ("cumsum", "cumlogsumexp", "cummax", "cummin", "cumprod"):
+reduction("cumprod", lambda x, axes: lax.cumprod(1 + 0.1 * x, axes[0]))
+for _name in ("cumsum", "cumlogsumexp", "cummax", "cummin"):
     reduction(_name, lambda x, axes, f=getattr(lax, _name): f(x, axes[0]))
 reduction("rev", lambda x, axes: lax.rev(x, axes))
 reduction("sort", lambda x, axes: lax.sort(x, dimension=axes[0]))

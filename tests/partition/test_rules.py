@@ -28,7 +28,9 @@ QUICK = settings(  # Without shrinking, which takes minutes.
     suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.generate),
 )
-THOROUGH = settings(max_examples=10, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+THOROUGH = settings(
+    max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
 
 ROUNDING = 2e-5
 """Of a result, relative to its largest element: sums in another order, summands of three times the size."""
