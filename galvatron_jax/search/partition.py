@@ -1,0 +1,254 @@
+"""Cutting the layers into stages, exactly, for the makespan of the schedule's table.
+
+Virtual stages are placed in order. What a placed beginning has cost so far is a vector: per kind of tick how long its
+slowest group works, seconds once a step, and where chunks share a group its bytes. Of beginnings that end at one layer
+only the Pareto-optimal live on, and of those only the ones whose cheapest completion could still beat the best known.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from galvatron_jax.search.bounds import Bounds
+from galvatron_jax.search.fronts import FrontBuilder, Limits, StageFront, pareto
+from galvatron_jax.search.pipeline import Pipeline, PipelineSolution, evaluate
+
+TOLERANCE = 1e-12
+"""Relative difference of seconds that counts as none: rounding of sums in another order."""
+_BEAM = 6
+_BEAM_LABELS = 200
+_MAX_BEGINNINGS = 20_000
+"""Kept per stage; beyond it the result is no longer proven."""
+
+
+@dataclass(frozen=True)
+class PipelineOutcome:
+    """What solving a pipeline gave."""
+
+    solution: PipelineSolution | None
+    """The best that fits and beats the bound given."""
+    proven: bool
+    """Whether nothing better exists."""
+    labels: int
+    """Labels of stages and beginnings."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Beginnings:
+    """Placements of the first virtual stages that end at one layer."""
+
+    columns: np.ndarray
+    """float64[beginnings, columns]"""
+    parent: np.ndarray
+    """Beginning one stage shorter, at `start`."""
+    start: np.ndarray
+    """First layer of the last stage placed."""
+    point: np.ndarray
+    """Its choice, in its front."""
+    bound_s: np.ndarray
+    """No completion is faster."""
+
+    def take(self, index: np.ndarray) -> _Beginnings:
+        """Some of them."""
+        return _Beginnings(
+            self.columns[index], self.parent[index], self.start[index], self.point[index], self.bound_s[index]
+        )
+
+
+@dataclass
+class _Solver:
+    problem: Pipeline
+    budget_bytes: float
+    upper_s: float
+    deadline: float | None
+    bounds: Bounds
+    builder: FrontBuilder
+    best: PipelineSolution | None = None
+    proven: bool = True
+    placed: int = 0
+    cells: dict[tuple[int, int], _Beginnings] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------------------------------ columns
+
+    @property
+    def single(self) -> bool:
+        """Whether every group runs one stage: then a kind of tick needs its slowest group only."""
+        return self.problem.num_chunks == 1
+
+    def empty(self) -> _Beginnings:
+        kinds, groups = len(self.problem.kinds.count), self.problem.degree
+        width = kinds + 1 if self.single else kinds * groups + 3 * groups
+        none = np.full(1, -1)
+        return _Beginnings(np.zeros((1, width)), none, none, none, np.zeros(1))
+
+    def extend(self, columns: np.ndarray, stage: int, front: StageFront) -> np.ndarray:
+        """Columns of every beginning with every choice of the next stage. float64[beginnings, points, columns]."""
+        kinds, groups = self.problem.kinds, self.problem.degree
+        tick = kinds.forward[:, stage, None] * front.forward_s + kinds.backward[:, stage, None] * front.backward_s
+        found = np.repeat(columns[:, None], len(front), axis=1)
+        count = len(kinds.count)
+        if self.single:
+            found[..., :count] = np.maximum(found[..., :count], tick.T[None])
+            found[..., count] = np.maximum(found[..., count], front.once_s)
+            return found
+        group = stage % groups
+        found[..., group : count * groups : groups] += tick.T[None]
+        once, resident, passing = (count * groups + part * groups + group for part in range(3))
+        found[..., once] += front.once_s
+        found[..., resident] += front.resident_bytes
+        found[..., passing] = np.maximum(found[..., passing], front.passing_bytes)
+        return found
+
+    def seconds(self, columns: np.ndarray, stage: int, layer: int) -> np.ndarray:
+        """Seconds that no completion undercuts, of beginnings with `stage` stages placed up to `layer`."""
+        kinds, groups = self.problem.kinds, self.problem.degree
+        count = len(kinds.count)
+        floor, once_floor = self.bounds.rest(stage, layer)
+        if self.single:
+            ticks, once = columns[:, :count], columns[:, count]
+        else:
+            ticks = columns[:, : count * groups].reshape(-1, count, groups).max(2)
+            once = columns[:, count * groups : count * groups + groups].max(1)
+        seconds = (np.maximum(ticks, floor) * kinds.count).sum(1) + np.maximum(once, once_floor)
+        if not self.single:
+            seconds = np.maximum(seconds, self._busy(columns, stage, layer))
+        return seconds
+
+    def _busy(self, columns: np.ndarray, stage: int, layer: int) -> np.ndarray:
+        """The average group's work: what is placed and what is left."""
+        kinds, groups = self.problem.kinds, self.problem.degree
+        count = len(kinds.count)
+        placed = (columns[:, : count * groups].reshape(-1, count, groups).sum(2) * kinds.count).sum(1)
+        return (placed + self.bounds.work(stage, layer)) / groups
+
+    def fits(self, columns: np.ndarray) -> np.ndarray:
+        """Beginnings whose groups' bytes are within the budget."""
+        if self.single:
+            return np.ones(len(columns), bool)
+        groups = self.problem.degree
+        resident, passing = columns[:, -2 * groups : -groups], columns[:, -groups:]
+        return (resident + passing <= self.budget_bytes).all(1)
+
+    # ------------------------------------------------------------------------------------------ stages
+
+    def run(self, beam: int | None) -> None:
+        """Places all virtual stages; with a beam only the most promising beginnings go on."""
+        problem, count = self.problem, len(self.problem.layers)
+        self.cells = {(0, 0): self.empty()}
+        for stage in range(problem.num_stages):
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                self.proven = False
+                return
+            arrivals: dict[int, list[_Beginnings]] = {}
+            remaining = problem.num_stages - stage - 1
+            starts = [layer for (placed, layer) in self.cells if placed == stage]
+            for start in sorted(starts):
+                stops = range(start + 1, count - remaining + 1) if remaining else (count,)
+                for stop in stops:
+                    if not self.promising(self.bounds.stage_seconds(stage, start, stop)):
+                        if not self.promising(self.bounds.alone_seconds(stage, start, stop)):
+                            break  # And so is every longer stage.
+                        continue
+                    found = self._place(stage, start, stop)
+                    if found is not None:
+                        arrivals.setdefault(stop, []).append(found)
+            self._settle(stage + 1, arrivals, beam)
+        self._finish()
+
+    def _place(self, stage: int, start: int, stop: int) -> _Beginnings | None:
+        """Every beginning that ends at `start`, extended by a stage up to `stop`."""
+        before = self.cells[stage, start]
+        alive = np.flatnonzero(self.promising(before.bound_s))
+        if not len(alive):
+            return None
+        front = self.builder.front(stage, start, stop)
+        self.proven &= front.complete
+        if not len(front):
+            return None
+        columns = self.extend(before.columns[alive], stage, front)
+        shape = columns.shape[:2]
+        columns = columns.reshape(shape[0] * shape[1], -1)
+        bound = self.seconds(columns, stage + 1, stop)
+        index = np.flatnonzero(self.fits(columns) & self.promising(bound))
+        parent = np.repeat(alive, shape[1])[index]
+        point = np.tile(np.arange(shape[1]), shape[0])[index]
+        return _Beginnings(columns[index], parent, np.full(len(index), start), point, bound[index])
+
+    def promising(self, bound_s: Any) -> Any:
+        """Which bounds leave room for something better than the best known."""
+        return bound_s < self.upper_s * (1 - TOLERANCE)
+
+    def _settle(self, placed: int, arrivals: dict[int, list[_Beginnings]], beam: int | None) -> None:
+        for layer, pieces in arrivals.items():
+            parts = [np.concatenate(part) for part in zip(*(_fields(p) for p in pieces), strict=True)]
+            found = _Beginnings(*parts)
+            order = np.argsort(found.bound_s, kind="stable")
+            if beam is not None:
+                found = found.take(order[:beam])
+            else:
+                found = found.take(pareto(found.columns))
+                if len(found.bound_s) > _MAX_BEGINNINGS:
+                    found = found.take(np.argsort(found.bound_s, kind="stable")[:_MAX_BEGINNINGS])
+                    self.proven = False
+            self.placed += len(found.bound_s)
+            if len(found.bound_s):
+                self.cells[placed, layer] = found
+
+    def _finish(self) -> None:
+        problem = self.problem
+        last = self.cells.get((problem.num_stages, len(problem.layers)))
+        if last is None or not len(last.bound_s):
+            return
+        best = int(np.argmin(last.bound_s))
+        found = self._trace(best)
+        if found.seconds < self.upper_s:
+            self.upper_s, self.best = found.seconds, found
+
+    def _trace(self, index: int) -> PipelineSolution:
+        """The solution that a complete placement stands for."""
+        stop, starts, options = len(self.problem.layers), [], []
+        for stage in range(self.problem.num_stages, 0, -1):
+            cell = self.cells[stage, stop]
+            start, point = int(cell.start[index]), int(cell.point[index])
+            options.append(self.builder.front(stage - 1, start, stop).options(point))
+            starts.append(start)
+            index, stop = int(cell.parent[index]), start
+        chosen = tuple(option for part in reversed(options) for option in part)
+        return evaluate(self.problem, tuple(reversed(starts)), chosen)
+
+
+def _fields(found: _Beginnings) -> tuple[np.ndarray, ...]:
+    return found.columns, found.parent, found.start, found.point, found.bound_s
+
+
+def solve_pipeline(
+    problem: Pipeline, *, budget_bytes: int, upper_s: float = math.inf, deadline: float | None = None
+) -> PipelineOutcome:
+    """The fastest cuts and options that fit a budget and are faster than `upper_s`.
+
+    Args:
+        problem: the problem.
+        budget_bytes: per device, for everything.
+        upper_s: only faster solutions count.
+        deadline: of `time.monotonic()`.
+    """
+    budget = budget_bytes - problem.fixed_bytes
+    if budget < 0 or problem.num_stages > len(problem.layers):
+        return PipelineOutcome(None, proven=True, labels=0)
+    bounds = Bounds.of(problem, budget)
+    if bounds.seconds() >= upper_s * (1 - TOLERANCE):
+        return PipelineOutcome(None, proven=True, labels=0)
+    builder = FrontBuilder(problem, Limits(budget, bounds.longest_stage(upper_s), labels=_BEAM_LABELS))
+    solver = _Solver(problem, budget, upper_s, deadline, bounds, builder)
+    solver.run(beam=_BEAM)
+    if math.isfinite(solver.upper_s):
+        # What is known now bounds how much a stage may do.
+        solver.builder = FrontBuilder(problem, Limits(budget, bounds.longest_stage(solver.upper_s)))
+    solver.proven = True
+    solver.run(beam=None)
+    return PipelineOutcome(solver.best, solver.proven, solver.placed + solver.builder.grown)
