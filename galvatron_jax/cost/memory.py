@@ -46,9 +46,14 @@ class LayerMemory:
     workspace_bytes: int
 
     @property
+    def static_bytes(self) -> int:
+        """What stays from step to step, and gradients."""
+        return self.parameter_bytes + self.optimizer_bytes + self.gradient_bytes
+
+    @property
     def resident_bytes(self) -> int:
         """What adds up over layers."""
-        return self.parameter_bytes + self.optimizer_bytes + self.gradient_bytes + self.residual_bytes
+        return self.static_bytes + self.residual_bytes
 
 
 def layer_memory(

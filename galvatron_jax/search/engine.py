@@ -178,7 +178,7 @@ def _runners_up(problems: list[Problem], winner: Plan, *, memory_bytes: int) -> 
     for family in FAMILIES:
         if all(family.allows(strategy) for strategy in winner.strategies):
             continue
-        if not any(problem.builder.offers(family.allows) for problem in problems):
+        if not any(problem.builder.tables.offers(family.allows) for problem in problems):
             continue
         chains = [problem.restricted(family.allows) for problem in problems]
         restricted = sorted((chain for chain in chains if chain is not None), key=lambda problem: problem.bound_s)

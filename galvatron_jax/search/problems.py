@@ -13,6 +13,7 @@ from galvatron_jax.search.chain import Chain, Solution
 from galvatron_jax.search.layers import TOLERANCE, Relaxed, close, fastest_seconds, relax, smallest
 from galvatron_jax.search.options import ChainBuilder
 from galvatron_jax.search.space import Rule, SearchSpace, batch_axes_for
+from galvatron_jax.search.tables import TableBuilder
 from galvatron_jax.spec.profile import Provenance
 from galvatron_jax.spec.strategy import LayerStrategy
 
@@ -35,7 +36,7 @@ class Problem:
     @property
     def costs(self) -> CostModel:
         """Prices of its options."""
-        return self.builder.costs
+        return self.builder.tables.costs
 
     def strategies(self, solution: Solution) -> tuple[LayerStrategy, ...]:
         """One strategy per layer."""
@@ -87,7 +88,8 @@ def build_problems(
     models = list(costs)
     found: list[Problem] = []
     for index, model in enumerate(models):
-        builder = ChainBuilder(model, space, effort.pruned)
+        tables = TableBuilder(model, space, effort.pruned)
+        builder = ChainBuilder(tables)
         for step, count in enumerate(counts):
             if progress is not None:
                 message = f"planning layers for {count} micro-batch{'es' if count > 1 else ''}"
@@ -98,16 +100,16 @@ def build_problems(
                 effort.pruned[Rule.MICROBATCHES_ON_DEMAND] += len(counts) - step - 1
                 break
         effort.planned += model.table.planned
-        effort.priced += builder.priced
-        effort.estimated += builder.estimated
+        effort.priced += tables.priced
+        effort.estimated += tables.estimated
     effort.problems = len(found)
     return sorted(found, key=lambda problem: problem.bound_s)
 
 
 def _enough(problems: list[Problem], builder: ChainBuilder, memory_bytes: int) -> bool:
     """Whether more micro-batches would gain nothing: the fastest plan of these fits already."""
-    derived = builder.costs.provenance == Provenance.DERIVED
-    if not (problems and derived and builder.space.applies(Rule.MICROBATCHES_ON_DEMAND)):
+    derived = builder.tables.costs.provenance == Provenance.DERIVED
+    if not (problems and derived and builder.tables.space.applies(Rule.MICROBATCHES_ON_DEMAND)):
         return False
     best = min(problems, key=lambda problem: problem.bound_s)
     found = relax(best.chain, budget_bytes=memory_bytes - best.fixed_bytes).solution
@@ -115,7 +117,7 @@ def _enough(problems: list[Problem], builder: ChainBuilder, memory_bytes: int) -
 
 
 def _problems(builder: ChainBuilder, global_batch: int, count: int) -> Iterator[Problem]:
-    for axes in batch_axes_for(builder.costs.table.mesh, global_batch // count):
+    for axes in batch_axes_for(builder.tables.costs.table.mesh, global_batch // count):
         problem = make_problem(builder, Batching(global_batch, count, axes))
         if problem is not None:
             yield problem
@@ -129,7 +131,7 @@ def make_problem(
     bound = fastest_seconds(chain) if chain is not None else math.inf
     if chain is None or not math.isfinite(bound):
         return None
-    return Problem(builder, batching, chain, fixed_bytes(builder.costs, batching), bound)
+    return Problem(builder, batching, chain, fixed_bytes(builder.tables.costs, batching), bound)
 
 
 def fastest(

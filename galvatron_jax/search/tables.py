@@ -1,0 +1,224 @@
+"""Every layer's options on one mesh, priced once: what chains and pipelines are made of."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from galvatron_jax.cost.model import Batching, CostModel, LayerCost
+from galvatron_jax.cost.step import signatures
+from galvatron_jax.cost.wiring import LayerWiring
+from galvatron_jax.partition.layer_plan import LayerPlan
+from galvatron_jax.search.space import SearchSpace
+from galvatron_jax.spec.strategy import LayerStrategy
+
+Allowed = Callable[[LayerStrategy], bool]
+"""Which strategies a search is restricted to."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a layer's options depend on: layers with equal slots share them."""
+
+    wiring: LayerWiring
+    handed_on: tuple[int, ...]
+    """Output ports that only the next layer reads."""
+
+
+COLUMNS = ("forward_s", "backward_s", "once_s", "static_bytes", "residual_bytes", "workspace_bytes")
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A slot's options."""
+
+    strategies: tuple[LayerStrategy, ...]
+    forward_s: np.ndarray
+    """Per micro-batch. float64[options]"""
+    backward_s: np.ndarray
+    """Per micro-batch. float64[options]"""
+    once_s: np.ndarray
+    """Per step. float64[options]"""
+    static_bytes: np.ndarray
+    """Parameters, optimizer state, gradients. int64[options]"""
+    residual_bytes: np.ndarray
+    """Per micro-batch in flight. int64[options]"""
+    workspace_bytes: np.ndarray
+    """int64[options]"""
+    boundary: np.ndarray
+    """Class of the layouts at the layer's boundary. int64[options]"""
+    examples: tuple[LayerPlan, ...]
+    """A plan of each class."""
+    ties: tuple[dict[str, tuple], ...]
+    """Per option, the signature of each tied parameter."""
+    tied_bytes: tuple[dict[str, int], ...]
+    """Per option, bytes of each tied parameter's gradient as the optimizer sees it."""
+
+    def __len__(self) -> int:
+        return len(self.strategies)
+
+    def take(self, index: np.ndarray) -> Table:
+        """Some of the options; the classes stay as they are."""
+        columns = {name: getattr(self, name)[index] for name in (*COLUMNS, "boundary")}
+        rows = {name: tuple(getattr(self, name)[i] for i in index) for name in ("strategies", "ties", "tied_bytes")}
+        return replace(self, **columns, **rows)
+
+    def allowing(self, allowed: Allowed) -> Table:
+        """The options with some strategies; all when there are none."""
+        index = np.flatnonzero([allowed(strategy) for strategy in self.strategies])
+        return self.take(index) if len(index) else self
+
+    def undominated(self, columns: Sequence[np.ndarray]) -> Table:
+        """Without the options that others make superfluous by some columns."""
+        ties: dict[tuple, int] = {}
+        group = np.array([ties.setdefault(tuple(sorted(tie.items())), len(ties)) for tie in self.ties])
+        return self.take(np.flatnonzero(~dominated(columns, self.boundary, group)))
+
+
+def dominated(columns: Sequence[np.ndarray], boundary: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Options that another one with equal boundary and ties makes superfluous; of equals the first stays.
+
+    Args:
+        columns: what counts, all to be small. float64[options] each
+        boundary: per option, its class. int64[options]
+        group: per option, its class of ties. int64[options]
+    """
+    same = (boundary[:, None] == boundary) & (group[:, None] == group)
+    no_worse = same & np.logical_and.reduce([column[:, None] <= column for column in columns])
+    better = np.logical_or.reduce([column[:, None] < column for column in columns])
+    earlier = np.arange(len(group))[:, None] < np.arange(len(group))
+    return (no_worse & (better | earlier)).any(axis=0)
+
+
+@dataclass
+class TableBuilder:
+    """Prices layers on one mesh. Prices are kept, so that what differs in the batch layout alone shares them."""
+
+    costs: CostModel
+    space: SearchSpace
+    pruned: Counter[str] = field(default_factory=Counter)
+    priced: int = 0
+    """Options priced."""
+    estimated: int = 0
+    """Options whose computation time was not measured."""
+    _priced: dict[tuple, Table] = field(default_factory=dict, repr=False)
+    _strategies: dict[tuple, tuple[LayerStrategy, ...]] = field(default_factory=dict, repr=False)
+    _moves: dict[tuple, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def offers(self, allowed: Allowed) -> bool:
+        """Whether any layer can use any of some strategies."""
+        return any(allowed(strategy) for found in self._strategies.values() for strategy in found)
+
+    def slots(self) -> tuple[Slot, ...]:
+        """One per layer."""
+        layers = self.costs.wiring.layers
+        following = [tuple(hop.output for hop in layer.hops) for layer in layers[1:]]
+        return tuple(Slot(layer, ports) for layer, ports in zip(layers, [*following, ()], strict=True))
+
+    def key(self, slot: Slot, batching: Batching) -> tuple:
+        """What the prices of a slot depend on."""
+        held = any(place.batched for place in slot.wiring.reads + slot.wiring.writes)
+        return slot, batching.num_microbatches, batching.axes if held else None
+
+    def table(self, slot: Slot, batching: Batching) -> Table:
+        """A slot's options, none pruned but by the space's rules."""
+        key = self.key(slot, batching)
+        if key not in self._priced:
+            self._priced[key] = self._price(slot, batching)
+        return self._priced[key]
+
+    def _price(self, slot: Slot, batching: Batching) -> Table:
+        costs, wiring = self.costs, slot.wiring
+        strategies = self.candidates(wiring.kind, batching)
+        plans = [costs.table.plan(wiring.kind, strategy, microbatch=batching.microbatch) for strategy in strategies]
+        prices = [costs.layer_cost(wiring, strategy, batching) for strategy in strategies]
+        classes: dict[tuple, int] = {}
+        examples: list[LayerPlan] = []
+        boundary = []
+        for plan in plans:
+            layouts = (
+                tuple(plan.inputs[hop.input] for hop in wiring.hops),
+                tuple(plan.outputs[port] for port in slot.handed_on),
+            )
+            if layouts not in classes:
+                classes[layouts] = len(classes)
+                examples.append(plan)
+            boundary.append(classes[layouts])
+        self.priced += len(prices)
+        self.estimated += sum(price.estimated for price in prices)
+        return Table(
+            strategies,
+            **_columns(prices),
+            boundary=np.array(boundary),
+            examples=tuple(examples),
+            ties=tuple(signatures(plan, wiring.tied) for plan in plans),
+            tied_bytes=tuple(_tied_bytes(plan, wiring.tied) for plan in plans),
+        )
+
+    def candidates(self, kind: int, batching: Batching) -> tuple[LayerStrategy, ...]:
+        """Strategies of a layer kind."""
+        key = (kind, batching.microbatch)
+        if key not in self._strategies:
+            self._strategies[key] = self.space.strategies(
+                self.costs.model.kinds[kind],
+                mesh=self.costs.table.mesh,
+                microbatch=batching.microbatch,
+                pruned=self.pruned,
+            )
+        return self._strategies[key]
+
+    def moves(self, before: Slot, here: Slot, batching: Batching) -> np.ndarray:
+        """Seconds per micro-batch, forward and backward, between neighbours' classes.
+
+        Returns:
+            float64[classes before, classes here, 2]
+        """
+        key = (before, here, batching.num_microbatches)
+        if key not in self._moves:
+            sources, targets = (self.table(slot, batching).examples for slot in (before, here))
+            self._moves[key] = np.array(
+                [
+                    [
+                        self.costs.transition_seconds(
+                            before.wiring.kind, here.wiring, source, target, microbatch=batching.microbatch
+                        )
+                        for target in targets
+                    ]
+                    for source in sources
+                ]
+            )
+        return self._moves[key]
+
+
+def _columns(prices: Sequence[LayerCost]) -> dict[str, np.ndarray]:
+    return {
+        "forward_s": np.array([price.forward.seconds for price in prices]),
+        "backward_s": np.array([price.backward.seconds for price in prices]),
+        "once_s": np.array([price.once_s for price in prices]),
+        "static_bytes": np.array([price.memory.static_bytes for price in prices], np.int64),
+        "residual_bytes": np.array([price.memory.residual_bytes for price in prices], np.int64),
+        "workspace_bytes": np.array([price.memory.workspace_bytes for price in prices], np.int64),
+    }
+
+
+def _tied_bytes(plan: LayerPlan, tied: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    by_port = {parameter.port: parameter.optimizer_bytes for parameter in plan.parameters}
+    return {name: by_port[port] for name, port in tied if port in by_port}
+
+
+def tie_variants(tables: Sequence[Table], tied: tuple[str, ...]) -> list[dict[str, tuple]]:
+    """Joint layouts of the tied parameters that every layer using them offers."""
+    choices = []
+    for name in tied:
+        offers = [dict.fromkeys(tie[name] for tie in table.ties) for table in tables if name in table.ties[0]]
+        choices.append([layout for layout in offers[0] if all(layout in offer for offer in offers)] if offers else [()])
+    return [dict(zip(tied, layouts, strict=True)) for layouts in itertools.product(*choices)]
+
+
+def admitted(table: Table, variant: dict[str, tuple]) -> np.ndarray:
+    """Which options a joint layout of tied parameters allows. bool[options]."""
+    return np.array([all(variant[name] == layout for name, layout in tie.items()) for tie in table.ties], bool)
