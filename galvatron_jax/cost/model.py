@@ -109,11 +109,20 @@ class CostModel:
         profile: Profile | None,
         optimizer: OptimizerMemory,
         planner: Planner,
+        pipeline_axes: tuple[MeshAxis, ...] = (),
         microbatches: tuple[int, ...] = (),
     ) -> CostModel:
         """A cost model from measurements where `profile` has them, from the cluster's figures otherwise.
 
-        With the ascending `microbatches` that will be asked for, plans between some of them are interpolated.
+        Args:
+            model: what is priced.
+            cluster: devices and links.
+            mesh: axes that each stage is spread over.
+            profile: measurements, if any.
+            optimizer: its state per parameter.
+            planner: turns strategies into collectives and sizes.
+            pipeline_axes: axes along which stages lie.
+            microbatches: those that will be asked for, ascending; plans between some of them are interpolated.
         """
         bandwidth = profile.update_bytes_per_s if profile is not None else None
         return cls(
@@ -122,7 +131,7 @@ class CostModel:
             table=PlanTable(model, mesh, planner, microbatches),
             wiring=wire(model),
             compute=compute_for(profile, cluster=cluster, planner=planner, model=model),
-            links=links_for(profile, cluster=cluster, mesh=mesh),
+            links=links_for(profile, cluster=cluster, mesh=(*pipeline_axes, *mesh)),
             optimizer=optimizer,
             overlap=profile.overlap if profile is not None else 0.0,
             update_bytes_per_s=bandwidth or cluster.device.memory_bandwidth_bytes_per_s,

@@ -277,4 +277,4 @@ def _beaten(block: np.ndarray, best: np.ndarray) -> np.ndarray:
     beaten = np.ones((len(block), len(best)), bool)
     for column in range(block.shape[1]):
         beaten &= block[:, column, None] >= best[None, :, column]
-    return beaten.any(1)
+    return np.asarray(beaten.any(1))

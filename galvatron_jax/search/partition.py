@@ -132,7 +132,7 @@ class _Solver:
             return np.ones(len(columns), bool)
         groups = self.problem.degree
         resident, passing = columns[:, -2 * groups : -groups], columns[:, -groups:]
-        return (resident + passing <= self.budget_bytes).all(1)
+        return np.asarray((resident + passing <= self.budget_bytes).all(1))
 
     # ------------------------------------------------------------------------------------------ stages
 

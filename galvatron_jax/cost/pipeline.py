@@ -1,0 +1,319 @@
+"""Seconds and bytes of pipeline stages, and the prediction of a plan that has several.
+
+Stages meet at cuts: what crosses one waits in the plan-wide layout, is sent on after each forward, and stays in the
+receiving stage until its backward. A step takes the makespan of the schedule's table, and then what the slowest group
+of devices does once a step: gradient synchronisation (parameters that stages share included) and update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from galvatron_jax.cost.memory import LayerMemory
+from galvatron_jax.cost.model import Batching, CostModel, LayerCost
+from galvatron_jax.cost.schedules import in_flight, makespan, recomputes, tick_kinds
+from galvatron_jax.cost.sizes import batch_spec, local_bytes, value_dims
+from galvatron_jax.cost.wiring import LayerWiring
+from galvatron_jax.partition.layer_plan import Collective
+from galvatron_jax.spec.plan import MemoryBreakdown, MeshAxis, Prediction, Schedule, StageTime, TimeBreakdown
+from galvatron_jax.spec.profile import CollectiveKind
+from galvatron_jax.spec.strategy import LayerStrategy
+
+
+@dataclass(frozen=True)
+class Pipelining:
+    """How stages lie on groups of devices and take turns."""
+
+    schedule: Schedule
+    axes: tuple[MeshAxis, ...]
+    """Mesh axes along which the groups lie, slowest link first."""
+    num_chunks: int = 1
+    """Virtual stages on each group."""
+
+    @property
+    def degree(self) -> int:
+        """Groups of devices."""
+        return math.prod(axis.size for axis in self.axes)
+
+    @property
+    def num_stages(self) -> int:
+        """Virtual stages."""
+        return self.degree * self.num_chunks
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether backward begins with the forward of its stage."""
+        return recomputes(self.schedule)
+
+    def in_flight(self, num_microbatches: int) -> tuple[int, ...]:
+        """Per virtual stage, micro-batches whose input it holds at once."""
+        return in_flight(
+            self.schedule, num_stages=self.degree, num_microbatches=num_microbatches, num_chunks=self.num_chunks
+        )
+
+
+@dataclass(frozen=True)
+class CutCost:
+    """What lies between two stages, per micro-batch and device."""
+
+    bytes: int = 0
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class HeldValue:
+    """A value with several readers, made in one layer and last read in another."""
+
+    producer: int
+    last: int
+    bytes: int
+    """Of one micro-batch on one device."""
+    differentiable: bool
+
+
+def held_values(costs: CostModel, batching: Batching) -> tuple[HeldValue, ...]:
+    """The model's values that are held in the plan-wide layout."""
+    layers, found = costs.model.layers, []
+    for producer, wiring in enumerate(costs.wiring.layers):
+        for write in wiring.writes:
+            if not write.batched:
+                continue
+            reference = layers[producer].outputs[write.port]
+            last = max(index for index, layer in enumerate(layers) if reference in layer.inputs)
+            size = _bytes(costs, wiring.kind, write.port, batching)
+            found.append(HeldValue(producer, last, size, write.differentiable))
+    return tuple(found)
+
+
+def cut_costs(costs: CostModel, pipelining: Pipelining, batching: Batching) -> tuple[CutCost, ...]:
+    """Per layer, the cost of a cut in front of it; none before the first."""
+    held, found = held_values(costs, batching), [CutCost()]
+    for index, wiring in enumerate(costs.wiring.layers[1:], start=1):
+        before = costs.wiring.layers[index - 1].kind
+        sizes = [(_bytes(costs, before, hop.output, batching), hop.differentiable) for hop in wiring.hops]
+        sizes += [(h.bytes, h.differentiable) for h in held if h.producer < index <= h.last]
+        there, back = sum(size for size, _ in sizes), sum(size for size, flows in sizes if flows)
+        found.append(CutCost(there, _send_seconds(costs, pipelining, there), _send_seconds(costs, pipelining, back)))
+    return tuple(found)
+
+
+def _bytes(costs: CostModel, kind: int, port: int, batching: Batching) -> int:
+    """Local bytes of an output, for one micro-batch in the plan-wide layout."""
+    layer_kind = costs.model.kinds[kind]
+    value = layer_kind.outputs[port].value
+    dims = value_dims(layer_kind, value, microbatch=batching.microbatch, model_microbatch=costs.model.microbatch)
+    spec = batch_spec(layer_kind, value, batching.axes)
+    return local_bytes(dims, layer_kind.program.values[value].dtype, spec, costs.table.sizes)
+
+
+def _send_seconds(costs: CostModel, pipelining: Pipelining, size: int) -> float:
+    if not size:
+        return 0.0
+    axes = tuple(axis.name for axis in pipelining.axes)
+    return costs.links.seconds(Collective(CollectiveKind.PERMUTE, axes, pipelining.degree, size))
+
+
+def exchange_seconds(costs: CostModel, pipelining: Pipelining, gradient_bytes: int) -> float:
+    """Seconds per step for two groups to add up the gradient of a parameter that both hold: there and back."""
+    return 2 * _send_seconds(costs, pipelining, gradient_bytes)
+
+
+def stage_wirings(wiring: LayerWiring) -> tuple[LayerWiring, LayerWiring | None]:
+    """A layer as the first of its stage to use its parameters; and, where it shares some, as a later one."""
+    shared = {port for _, port in wiring.tied}
+    owned = tuple(sorted(set(wiring.owned) | shared))
+    repeat = tuple(port for port in wiring.owned if port not in shared)
+    return replace(wiring, owned=owned), replace(wiring, owned=repeat) if shared else None
+
+
+def tied_users(costs: CostModel) -> dict[str, tuple[int, ...]]:
+    """Layers that use each tied parameter."""
+    layers = costs.wiring.layers
+    return {
+        name: tuple(index for index, layer in enumerate(layers) if any(name == tied for tied, _ in layer.tied))
+        for name in costs.wiring.tied
+    }
+
+
+def predict_pipeline(
+    costs: CostModel,
+    pipelining: Pipelining,
+    starts: Sequence[int],
+    strategies: Sequence[LayerStrategy],
+    batching: Batching,
+    *,
+    memory_bytes: int | None,
+) -> Prediction:
+    """Time and memory of stages with one strategy per layer.
+
+    Args:
+        costs: prices on the stages' mesh.
+        pipelining: schedule and groups.
+        starts: first layer of each virtual stage.
+        strategies: one per layer.
+        batching: how the batch is fed.
+        memory_bytes: budget to note.
+    """
+    priced = _Priced(costs, pipelining, tuple(strategies), batching)
+    stops = (*starts[1:], len(strategies))
+    stages = [priced.stage(number, *ends) for number, ends in enumerate(zip(starts, stops, strict=True))]
+    count, degree = batching.num_microbatches, pipelining.degree
+    kinds = tick_kinds(pipelining.schedule, num_stages=degree, num_microbatches=count, num_chunks=pipelining.num_chunks)
+    ticks = float(makespan(kinds, [s.forward_s for s in stages], [s.backward_s for s in stages]))
+    groups = [stages[group::degree] for group in range(degree)]
+    step = ticks + max(sum(stage.once_s for stage in group) for group in groups)
+    return Prediction(
+        time=_breakdown(step, stages, count, degree),
+        memory=tuple(_group_memory(costs, group, batching) for group in groups),
+        stages=tuple(StageTime(forward_s=s.forward_s, backward_s=s.backward_s, once_s=s.once_s) for s in stages),
+        memory_budget_bytes=memory_bytes,
+        provenance=costs.provenance,
+    )
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One virtual stage, summed up."""
+
+    forward_s: float
+    backward_s: float
+    compute_s: float
+    """Per micro-batch, both ways, recomputation included."""
+    synchronisation_s: float
+    update_s: float
+    memory: tuple[LayerMemory, ...]
+    kept_bytes: int
+    """Stage inputs in flight, residuals in flight or held values."""
+    recomputed_bytes: int
+    """Residuals of the micro-batch whose backward runs."""
+
+    @property
+    def once_s(self) -> float:
+        """Per step."""
+        return self.synchronisation_s + self.update_s
+
+
+@dataclass(frozen=True)
+class _Priced:
+    costs: CostModel
+    pipelining: Pipelining
+    strategies: tuple[LayerStrategy, ...]
+    batching: Batching
+
+    def stage(self, number: int, start: int, stop: int) -> _Stage:
+        costs, pipelining = self.costs, self.pipelining
+        layers = [self._layer(index, start) for index in range(start, stop)]
+        cuts = cut_costs(costs, pipelining, self.batching)
+        forward = sum(layer.forward.seconds for layer in layers)
+        backward = sum(layer.backward.seconds for layer in layers)
+        for there, back in self._moves(start, stop):
+            forward, backward = forward + there, backward + back
+        recomputed, last = forward, stop == len(self.strategies)
+        compute = sum(layer.compute_s for layer in layers)
+        if not last:
+            there, back = self._edge(stop, leaving=True)
+            forward, backward = forward + there + cuts[stop].forward_s, backward + back
+        backward += cuts[start].backward_s
+        if pipelining.recomputes:
+            backward += recomputed
+            compute += sum(layer.forward.compute_s for layer in layers)
+            forward = 0.0 if last else forward
+        flying = pipelining.in_flight(self.batching.num_microbatches)[number]
+        kept = flying * cuts[start].bytes if start else 0
+        residual = sum(layer.memory.residual_bytes for layer in layers)
+        made = sum(held.bytes for held in held_values(costs, self.batching) if start <= held.producer < stop)
+        again = residual if pipelining.recomputes else 0
+        kept += made if pipelining.recomputes else flying * (residual + made)
+        return _Stage(
+            forward,
+            backward,
+            compute,
+            sum(layer.synchronisation_s for layer in layers) + self._exchanges(start, stop),
+            sum(layer.update_s for layer in layers),
+            tuple(layer.memory for layer in layers),
+            kept,
+            again,
+        )
+
+    def _layer(self, index: int, start: int) -> LayerCost:
+        first, repeat = stage_wirings(self.costs.wiring.layers[index])
+        earlier = any(
+            index in users and any(start <= user < index for user in users) for users in tied_users(self.costs).values()
+        )
+        wiring = repeat if earlier and repeat is not None else first
+        return self.costs.layer_cost(wiring, self.strategies[index], self.batching)
+
+    def _moves(self, start: int, stop: int) -> list[tuple[float, float]]:
+        costs = self.costs
+        found = [self._edge(start, leaving=False)] if start else []
+        for index in range(start + 1, stop):
+            found.append(
+                costs.transition_seconds(
+                    costs.wiring.layers[index - 1].kind,
+                    costs.wiring.layers[index],
+                    costs.plan(index - 1, self.strategies[index - 1], self.batching),
+                    costs.plan(index, self.strategies[index], self.batching),
+                    microbatch=self.batching.microbatch,
+                )
+            )
+        return found
+
+    def _edge(self, cut: int, *, leaving: bool) -> tuple[float, float]:
+        layer = cut - 1 if leaving else cut
+        plan = self.costs.plan(layer, self.strategies[layer], self.batching)
+        layers = self.costs.wiring.layers
+        return self.costs.cut_seconds(layers[cut - 1].kind, layers[cut], plan, self.batching, leaving=leaving)
+
+    def _exchanges(self, start: int, stop: int) -> float:
+        total = 0.0
+        for name, users in tied_users(self.costs).items():
+            inside = [user for user in users if start <= user < stop]
+            if inside and len(inside) < len(users):
+                wiring = self.costs.wiring.layers[users[0]]
+                plan = self.costs.plan(users[0], self.strategies[users[0]], self.batching)
+                port = dict(wiring.tied)[name]
+                size = next(p.optimizer_bytes for p in plan.parameters if p.port == port)
+                total += exchange_seconds(self.costs, self.pipelining, size)
+        return total
+
+
+def _breakdown(step_s: float, stages: Sequence[_Stage], count: int, degree: int) -> TimeBreakdown:
+    """Where the average group's time goes; what it waits is the bubble."""
+    busy = count * sum(stage.forward_s + stage.backward_s for stage in stages) / degree
+    compute = count * sum(stage.compute_s for stage in stages) / degree
+    synchronisation = sum(stage.synchronisation_s for stage in stages) / degree
+    update = sum(stage.update_s for stage in stages) / degree
+    return TimeBreakdown(
+        step_s=step_s,
+        compute_s=compute,
+        communication_s=busy - compute,
+        synchronisation_s=synchronisation,
+        update_s=update,
+        bubble_s=step_s - busy - synchronisation - update,
+    )
+
+
+def _group_memory(costs: CostModel, stages: Sequence[_Stage], batching: Batching) -> MemoryBreakdown:
+    unread = costs.unread_memory()
+    layers = [*(memory for stage in stages for memory in stage.memory), unread]
+    # One chunk at a time passes through its backward: what it recomputes, and its workspace.
+    passing = max(stages, key=lambda s: s.recomputed_bytes + max(memory.workspace_bytes for memory in s.memory))
+    parts = {
+        "parameter_bytes": sum(layer.parameter_bytes for layer in layers),
+        "optimizer_bytes": sum(layer.optimizer_bytes for layer in layers) + costs.optimizer.scalar_bytes,
+        "gradient_bytes": sum(layer.gradient_bytes for layer in layers),
+        "residual_bytes": sum(stage.kept_bytes for stage in stages) + passing.recomputed_bytes,
+        "workspace_bytes": max(memory.workspace_bytes for memory in passing.memory),
+        "batch_bytes": costs.batch_bytes(batching),
+        "state_bytes": costs.state_bytes(),
+    }
+    return MemoryBreakdown(total_bytes=sum(parts.values()), **parts)
+
+
+def fixed_stage_bytes(costs: CostModel, batching: Batching) -> int:
+    """Bytes on every device that no strategy and no cut changes."""
+    fixed = costs.batch_bytes(batching) + costs.state_bytes() + costs.optimizer.scalar_bytes
+    return fixed + costs.unread_memory().static_bytes
