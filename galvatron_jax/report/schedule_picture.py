@@ -35,8 +35,8 @@ def timeline_title(timeline: Timeline) -> str:
 def timeline_text(timeline: Timeline, width: int = TEXT_WIDTH) -> Text:
     """Draws a timeline for a terminal: a line per group of devices, time from left to right.
 
-    `F3` is the forward of micro-batch 3, `B3` its backward; with several chunks, `F3.1` that of chunk 1. A block of one
-    column has its letter only.
+    `F3` is the forward of micro-batch 3, `B3` its backward; with several chunks, `F3.1` that of chunk 1. A block
+    too short for its number has the letter only.
 
     Args:
         timeline: what to draw.
@@ -147,7 +147,9 @@ def _draw_group(text: Text, tasks: list[Task], timeline: Timeline, columns: int)
     for task in tasks:
         start, end = round(task.start_s * scale), round(task.end_s * scale)
         text.append(" " * (start - drawn))
-        block = _label(task, timeline) if end - start > 1 else _label(task, timeline)[:1]
+        label = _label(task, timeline)
+        # A number cut short would name another micro-batch.
+        block = label if len(label) <= end - start else label[:1]
         filled = block.ljust(end - start, "=" if task.backward else "-")[: end - start]
         text.append(filled, style=f"not bold {BACKWARD_COLOUR if task.backward else FORWARD_COLOUR}")
         drawn = end

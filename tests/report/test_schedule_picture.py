@@ -38,6 +38,12 @@ def test_text_stays_within_its_width(width: int) -> None:
     assert len(lines) == 2
 
 
+def test_text_never_cuts_a_number_short() -> None:
+    table = make_table(Schedule.ONE_F_ONE_B_STASH, num_stages=2, num_microbatches=12)
+    text = timeline_text(simulate(table, [1, 1], [1, 1]), width=8 + 2 * 26).plain
+    assert "F8B8F9B9F-B=F-B=" in text
+
+
 def test_text_prints_without_wrapping() -> None:
     text = timeline_text(timeline(), width=110)
     assert render([text], width=110).splitlines() == [line.rstrip() for line in text.plain.splitlines()]
