@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
+from os import PathLike
+from typing import Any
 
 from pydantic import Field
 
@@ -165,3 +167,20 @@ class Plan(Document):
         """One strategy per layer of the model, in order."""
         groups = sorted((g for stage in self.stages for g in stage.groups), key=lambda g: g.start)
         return tuple(g.strategy for g in groups for _ in range(g.start, g.stop))
+
+    @classmethod
+    def from_galvatron(cls, path: str | PathLike[str], *, model_fingerprint: str | None = None, **choices: Any) -> Plan:
+        """Reads a plan of Hetu-Galvatron: see `spec.galvatron.read_plan`, also for `choices`.
+
+        Args:
+            path: A `galvatron_config_*.json` file, or a JSON file with a plan in its notation (`4-2*-1-c`).
+            model_fingerprint: Fingerprint of the `ModelSpec` that is to be trained; None for any with as many layers.
+            choices: `model`, `num_devices`, `devices_per_node`, `global_batch`, `num_microbatches`,
+                `sequence_parallel`, where the file leaves them open or is to be overruled.
+
+        Raises:
+            DocumentError: naming every fault of the file.
+        """
+        from galvatron_jax.spec.galvatron.plan import read_plan  # it imports this module
+
+        return read_plan(path, model_fingerprint=model_fingerprint, **choices)

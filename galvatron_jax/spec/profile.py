@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
+from os import PathLike
+from typing import Any
 
 from pydantic import Field
 
@@ -92,3 +95,30 @@ class Profile(Document):
     """Optimizer update: parameter and state bytes touched per second."""
     software: dict[str, str] = Field(default_factory=dict)
     """Versions of jax, jaxlib, galvatron_jax and Python."""
+
+    @classmethod
+    def from_galvatron(
+        cls,
+        folder: str | PathLike[str],
+        *,
+        hardware: str | PathLike[str],
+        model_fingerprint: str = "galvatron",
+        kinds: Mapping[str, str] | None = None,
+        **choices: Any,
+    ) -> Profile:
+        """Reads measurements that Hetu-Galvatron published: see `spec.galvatron.read_profile`, also for `choices`.
+
+        Args:
+            folder: Where its `computation_profiling_*.json` lies, or that file.
+            hardware: Folder of its hardware files.
+            model_fingerprint: Fingerprint of the `ModelSpec` that the profile is to serve.
+            kinds: Fingerprints of layer kinds, by `layertype_0`, ..., `embedding` and `head`.
+            choices: `sequence`, `num_nodes`, `devices_per_node`, `device`, where the files leave them open.
+
+        Raises:
+            DocumentError: naming every fault of a file.
+            InputError: when `kinds` names something that was not measured.
+        """
+        from galvatron_jax.spec.galvatron.profile import read_profile  # it imports this module
+
+        return read_profile(folder, hardware=hardware, model_fingerprint=model_fingerprint, kinds=kinds, **choices)
