@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from jax.extend import core as jex
 
 INLINED_CALLS = frozenset(
@@ -55,3 +58,73 @@ def bind_equation(primitive: jex.Primitive, params: Mapping[str, Any], operands:
     subfuns, params = bound if isinstance(bound, tuple) else ((), bound)
     results = primitive.bind(*subfuns, *operands, **params)
     return list(results) if primitive.multiple_results else [results]
+
+
+# ------------------------------------------------------------------------------------------------ printed groups
+
+Groups = list[list[int]]
+"""Groups of devices, numbered along the mesh."""
+
+_LOWERED_LISTED = re.compile(r"replica_groups = dense<([^>]*)> : tensor<(\d+)x(\d+)xi64>")
+_LOWERED_MESH = re.compile(r"replica_groups = #stablehlo\.replica_group_mesh_axes<mesh = @\w+, axes = \[([^\]]*)\]>")
+_LOWERED_AXIS = re.compile(r'#stablehlo\.axis_ref<name = "([^"]*)">')
+_COMPILED_LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
+_COMPILED_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_COMPILED_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_COMPILED_AXIS = re.compile(r"'([^']*)'")
+
+
+def groups_along(axes: Sequence[str], *, mesh: Mapping[str, int]) -> Groups:
+    """The groups that devices form along some axes of a mesh, its axes' sizes given in order."""
+    names = list(mesh)
+    among = [names.index(axis) for axis in axes]
+    rest = [i for i in range(len(names)) if i not in among]
+    numbers = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
+    return numbers.transpose(*rest, *among).reshape(-1, math.prod(mesh[axis] for axis in axes)).tolist()
+
+
+def lowered_groups(operation: str, *, mesh: Mapping[str, int]) -> Groups | None:
+    """The groups of a collective as the text of a lowered program has them; None where it cannot be read.
+
+    They are listed (all of them up to JAX 0.10), or the mesh axes are that they lie along (most from 0.12 on).
+
+    Args:
+        operation: text of the one operation, or of its attributes.
+        mesh: sizes of the axes of the mesh that the program runs on.
+    """
+    listed = _LOWERED_LISTED.search(operation)
+    if listed:
+        return np.array(_numbers(listed[1])).reshape(int(listed[2]), int(listed[3])).tolist()
+    along = _LOWERED_MESH.search(operation)
+    return _along(along[1], _LOWERED_AXIS, mesh) if along else None
+
+
+def compiled_groups(instruction: str) -> Groups | None:
+    """The groups of a collective as a line of a compiled program has them; None where it cannot be read.
+
+    They are listed, or cut out of a range of numbers, or (most from JAX 0.12 on) given by mesh axes.
+    """
+    listed = _COMPILED_LISTED.search(instruction)
+    if listed:
+        return [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])]
+    iota = _COMPILED_IOTA.search(instruction)
+    if iota:
+        shape, source = _numbers(iota[1]), _numbers(iota[2])
+        order = _numbers(iota[3]) if iota[3] else range(len(source))
+        return np.arange(math.prod(source)).reshape(source).transpose(*order).reshape(shape).tolist()
+    along = _COMPILED_MESH.search(instruction)
+    if along is None:
+        return None
+    return _along(along[2], _COMPILED_AXIS, {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", along[1])})
+
+
+def _along(text: str, axis: re.Pattern[str], mesh: Mapping[str, int]) -> Groups | None:
+    """The groups along listed axes; None where there is more in the list (parts of axes), or axes of another mesh."""
+    axes = axis.findall(text)
+    if re.sub(r"[\s,]", "", axis.sub("", text)) or not set(axes) <= set(mesh):
+        return None
+    return groups_along(axes, mesh=mesh)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]

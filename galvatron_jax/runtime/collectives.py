@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from jax.extend import core as jex
 
+from galvatron_jax import _compat
 from galvatron_jax.partition.boundary import boundary_collectives
 from galvatron_jax.partition.counts import collective
 from galvatron_jax.partition.instructions import Convert, Instruction, Loop
@@ -224,7 +224,7 @@ _PRIMITIVES = {
     "reduce_scatter": CollectiveKind.REDUCE_SCATTER,
     "all_to_all": CollectiveKind.ALL_TO_ALL,
 }
-_OTHERS = frozenset({"ppermute", "pbroadcast", "pgather", "ragged_all_to_all", "psend", "precv"})
+_OTHERS = frozenset({"ppermute", "pbroadcast", "pbroadcast_dynamic", "pgather", "ragged_all_to_all", "psend", "precv"})
 
 
 def traced_collectives(step: Step) -> Collectives:
@@ -265,7 +265,6 @@ def _equations(jaxpr: jex.Jaxpr, times: int) -> Iterator[tuple[jex.JaxprEqn, int
 _LOWERED = re.compile(
     r'"?stablehlo\.(all_reduce|all_gather|reduce_scatter|all_to_all|collective_permute|collective_broadcast)"?\('
 )
-_REPLICA_GROUPS = re.compile(r"replica_groups = dense<([^>]*)> : tensor<(\d+)x(\d+)xi64>")
 _OPERANDS = re.compile(r"\}?\) : \(([^)]*)\) ->|\}> : \(([^)]*)\) ->")
 _TENSOR = re.compile(r"tensor<((?:\d+x)*)([a-z]\w*)>")
 _ELEMENTS = {"i1": "bool", "f16": "float16", "f32": "float32", "f64": "float64", "bf16": "bfloat16"}
@@ -277,11 +276,10 @@ def lowered_collectives(step: Step) -> Collectives:
     groups = _group_table(step)
     found: Collectives = Counter()
     for match in _LOWERED.finditer(text):
-        replica = _REPLICA_GROUPS.search(text, match.end())
         operands = _OPERANDS.search(text, match.end())
-        if replica is None or operands is None:
+        members = operands and _compat.lowered_groups(text[match.end() : operands.start()], mesh=step.mesh.shape)
+        if operands is None or members is None:
             raise AssertionError(f"cannot read {text[match.start() : match.start() + 400]}")
-        members = np.array(_numbers(replica[1])).reshape(int(replica[2]), int(replica[3]))
         axes = groups.get(_partition(members), ("?",))
         for dims, element in _TENSOR.findall(operands[1] or operands[2]):
             dtype = _ELEMENTS.get(element) or element.replace("ui", "uint").replace("i", "int", element[0] == "i")
@@ -290,25 +288,15 @@ def lowered_collectives(step: Step) -> Collectives:
     return found
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(n) for n in re.findall(r"\d+", text)]
-
-
 def _partition(groups: Any) -> frozenset[frozenset[int]]:
     return frozenset(frozenset(int(n) for n in group) for group in groups)
 
 
 def _group_table(step: Step) -> Mapping[frozenset[frozenset[int]], tuple[str, ...]]:
     """From the groups of devices along mesh axes to the axes, for every set of axes."""
-    names, shape = step.mesh.axis_names, step.mesh.devices.shape
-    positions = np.arange(math.prod(shape)).reshape(shape)
-    table = {}
-    for count in range(len(names) + 1):
-        for axes in itertools.combinations(range(len(names)), count):
-            rest = [i for i in range(len(names)) if i not in axes]
-            size = math.prod(shape[i] for i in axes)
-            table[_partition(positions.transpose(*rest, *axes).reshape(-1, size))] = tuple(names[i] for i in axes)
-    return table
+    names = step.mesh.axis_names
+    choices = itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1))
+    return {_partition(_compat.groups_along(axes, mesh=step.mesh.shape)): axes for axes in choices}
 
 
 # ------------------------------------------------------------------------------------------------ as compiled
@@ -322,8 +310,6 @@ _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
-_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _HLO_TYPES = {"pred": "bool", "f16": "float16", "f32": "float32", "f64": "float64", "bf16": "bfloat16"}
 
 
@@ -382,13 +368,13 @@ def _signatures(
     line: str, result: str, kind: str, started: bool, groups: Mapping[frozenset[frozenset[int]], tuple[str, ...]]
 ) -> list[CollectiveSignature]:
     """One per array of a combined collective; an all-to-all of pieces is one of their sum."""
-    members = _replica_groups(line)
+    members = _compat.compiled_groups(line)
     axes = groups.get(_partition(members), ("?",)) if members is not None else ("?",)
     size = len(members[0]) if members is not None else 1
     arrays = []
     for element, dims in _SHAPE.findall(result):
         dtype = _HLO_TYPES.get(element) or re.sub(r"^u(\d+)$", r"uint\1", re.sub(r"^s(\d+)$", r"int\1", element))
-        arrays.append((math.prod(_numbers(dims)) * itemsize(dtype), dtype))
+        arrays.append((math.prod(int(n) for n in dims.split(",") if n) * itemsize(dtype), dtype))
     if started and kind in ("all-gather", "collective-permute"):
         arrays = arrays[len(arrays) // 2 :]  # A pair of operands and results.
     if kind == "all-gather":
@@ -398,15 +384,3 @@ def _signatures(
     elif kind == "all-to-all" and len(arrays) > 1:
         arrays = [(sum(n for n, _ in arrays), arrays[0][1])]
     return [CollectiveSignature(kind, axes, n, dtype) for n, dtype in arrays]
-
-
-def _replica_groups(line: str) -> list[list[int]] | None:
-    listed = _LISTED.search(line)
-    if listed:
-        return [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])]
-    iota = _IOTA.search(line)
-    if iota is None:
-        return None
-    shape, source = _numbers(iota[1]), _numbers(iota[2])
-    order = _numbers(iota[3]) if iota[3] else range(len(source))
-    return np.arange(math.prod(source)).reshape(source).transpose(*order).reshape(shape).tolist()

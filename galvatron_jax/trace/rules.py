@@ -120,15 +120,15 @@ def _dims(*dims: int | None) -> tuple[Ref | None, ...]:
 
 LINEAR_UNARY = {"neg", "convert_element_type", "copy", "copy_p", "real", "imag", "stop_gradient", "sharding_constraint"}
 _TRANSCENDENTAL = set(
-    "exp exp2 log log1p expm1 tanh logistic sin cos tan asin acos atan atan2 sinh cosh asinh acosh atanh pow erf erfc "
-    "erf_inv lgamma digamma rsqrt sqrt cbrt".split()
+    "exp exp2 log log2 log1p expm1 tanh logistic sin cos tan asin acos atan atan2 sinh cosh asinh acosh atanh pow erf "
+    "erfc erf_inv lgamma digamma rsqrt sqrt cbrt".split()
 )
 ELEMENTWISE = (
     set(
         "add sub mul div rem max min integer_pow square abs sign and or xor not eq ne lt gt le ge select_n "
         "bitcast_convert_type add_any is_finite floor ceil round clamp nextafter conj complex shift_left "
         "shift_right_logical shift_right_arithmetic population_count clz reduce_precision name mul_add eq_to "
-        "le_to lt_to".split()
+        "le_to lt_to one_minus_square polynomial".split()
     )
     | LINEAR_UNARY
     | _TRANSCENDENTAL
@@ -152,8 +152,14 @@ def elementwise_rule(application: Application) -> Rule:
         linearity = Linearity.ADDITIVE
     elif name in ("mul", "div"):
         linearity = Linearity.SCALE
-    flops = 10.0 if name in _TRANSCENDENTAL else 1.0
-    return Rule(tuple(relations), linearity, elementwise=True, flops_per_point=flops)
+    return Rule(tuple(relations), linearity, elementwise=True, flops_per_point=_elementwise_flops(application))
+
+
+def _elementwise_flops(application: Application) -> float:
+    """FLOPs per element of the result."""
+    if application.primitive == "polynomial":
+        return 2.0 * (len(application.operand_shapes) - 2)  # Of degree n: n + 1 coefficients, n products and sums.
+    return 10.0 if application.primitive in _TRANSCENDENTAL else 1.0
 
 
 for _name in ELEMENTWISE:

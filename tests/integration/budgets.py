@@ -19,7 +19,7 @@ OPTIMIZER = optax.adamw(1e-3)
 MICROBATCHES = SearchSpace(num_microbatches=(1, 4, 16, 64))
 AMPLE = CLUSTER.device.memory_bytes
 BUDGETS = (AMPLE, 40 * MIB, 12 * MIB, 5 * MIB, 2 * MIB, 1 * MIB)
-TOO_SMALL = 400 * KIB
+TOO_SMALL = 380 * KIB
 
 
 @functools.cache

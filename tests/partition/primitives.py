@@ -115,6 +115,15 @@ elementwise("bitcast_convert_type", lambda x: lax.bitcast_convert_type(x, jnp.ui
 elementwise("not", lax.bitwise_not, integers)
 elementwise("select_n", lambda c, x, y: lax.select(c, x, y), booleans, floats, floats)
 elementwise("clamp", lambda x: lax.clamp(np.float32(0.3), x, np.float32(0.6)), floats)
+_NEWER = {
+    "log2": lambda x: lax.log2(x),
+    "one_minus_square": lambda x: lax.one_minus_square(x),
+    "polynomial": lambda x: lax.polynomial(x, (1.0, -0.5, 0.25)) + lax.polynomial(x, (0.5, lax.sin(x))),
+}
+"""Functions of primitives that older versions of JAX have not."""
+for _name, _function in _NEWER.items():
+    if hasattr(lax, _name):
+        elementwise(_name, _function, floats)
 
 
 # ------------------------------------------------------------------------------------------------ contractions
@@ -468,5 +477,6 @@ UNREACHED = {
     "sharding_constraint": "needs a mesh to be traced",
     "stop_gradient": "leaves no equation in a jaxpr",
     "threefry2x32": "stays inside random_bits while keys are typed",
+    **{name: "no such primitive in this JAX" for name in _NEWER if not hasattr(lax, name)},
 }
 """Rules that no sample meets, with the reason."""
