@@ -17,3 +17,4 @@ from galvatron_jax.spec.galvatron.hardware import read_hardware as read_hardware
 from galvatron_jax.spec.galvatron.memory import read_memory as read_memory
 from galvatron_jax.spec.galvatron.plan import read_plan as read_plan
 from galvatron_jax.spec.galvatron.profile import read_profile as read_profile
+from galvatron_jax.spec.galvatron.strategies import Degrees as Degrees

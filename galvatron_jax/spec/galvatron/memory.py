@@ -119,10 +119,10 @@ def read_memory(
     for name, table in ends.items():
         if not isinstance(table, dict):
             faults.add(f"other_memory_pp_{name}{suffix}", _absent(table, data))
-    if not types or types != list(range(len(types))):
-        faults.add(
-            f"layertype_K{suffix}", _absent(None, data) if not types else f"types are {types}; expected 0, 1, ..."
-        )
+    if not types:
+        faults.add(f"layertype_K{suffix}", _absent(None, data))
+    elif types != list(range(len(types))):
+        faults.add(f"layertype_K{suffix}", f"layer types are {types}; expected 0, 1, and so on without gaps.")
     faults.check()
     chosen = choose_sequence(_sequences(data, ends, suffix, types), sequence, source=str(path), what="memory")
     layers = tuple(_layer(data, f"layertype_{k}{suffix}", chosen and chosen[k : k + 1], faults) for k in types)
