@@ -8,12 +8,25 @@ as in `relaxation`). The slowest stage of the best cut follows by dynamic progra
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from galvatron_jax.search.pipeline import Pipeline
 
-_PRICES = 8
+_PRICES = 40
+
+
+@dataclass(frozen=True, eq=False)
+class Priced:
+    """Cheapest sums of a stage's layers when bytes have a price."""
+
+    price: np.ndarray
+    """Seconds per byte, ascending from zero. float64[prices]"""
+    total: np.ndarray
+    """Seconds and priced bytes of the first layers. float64[prices, layers + 1]"""
+    limit: np.ndarray
+    """Bytes for layers of a stage that begins with each layer. float64[layers + 1]"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +50,8 @@ class Bounds:
     share: tuple[np.ndarray, np.ndarray]
     """Per virtual stage, seconds of the step that a second of its forward, and of its backward, costs at least when
     every tick is shared out evenly over the groups that work in it. float64[stages]"""
+    priced: tuple[Priced, ...]
+    """Per virtual stage, sums over the first layers under several prices of a byte."""
     _rest: dict[tuple[int, int], tuple[np.ndarray, float]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -47,10 +62,17 @@ class Bounds:
             problem: the problem.
             budget_bytes: per device, without `Pipeline.fixed_bytes`.
         """
-        tables = [_layer_table(problem, layer) for layer in range(len(problem.layers))]
+        made: dict[tuple[int, int], np.ndarray] = {}
+        for layer, (first, repeat) in enumerate(zip(problem.layers, problem.repeats, strict=True)):
+            made.setdefault((id(first), id(repeat)), _layer_table(problem, layer))
+        tables = [made[id(x), id(y)] for x, y in zip(problem.layers, problem.repeats, strict=True)]
         forward, backward, once = (_running([table[:, part].min() for table in tables]) for part in range(3))
-        busy = np.stack([_busy(problem, tables, stage, budget_bytes) for stage in range(problem.num_stages)])
-        return cls(problem, busy, forward, backward, once, _first(busy), _last(busy), _even_share(problem))
+        priced = [_price(problem, tables, stage, budget_bytes) for stage in range(problem.num_stages)]
+        busy = np.stack([_busy(*pair) for pair in priced])
+        share = _even_share(problem)
+        return cls(
+            problem, busy, forward, backward, once, _first(busy), _last(busy), share, tuple(p for p, _ in priced)
+        )
 
     # ------------------------------------------------------------------------------------------ of completions
 
@@ -100,33 +122,103 @@ class Bounds:
 
     def seconds(self) -> float:
         """Of the whole step."""
-        floor, once = self.rest(0, 0)
         slowest = float(self.right[self.problem.num_stages, 0])
-        ticks = max(float((floor * self.problem.kinds.count).sum()), self.problem.num_microbatches * slowest)
-        if self.problem.num_chunks > 1 and np.isfinite(slowest):
-            ticks = 0.0
-        return max(ticks, self.work(0, 0)) + once
+        return self.with_slowest(slowest) + self._once(0, 0)
 
     def stage_seconds(self, stage: int, start: int, stop: int) -> float:
         """Of the whole step, when a virtual stage holds these layers."""
+        left = float(self.left[stage, start])
+        right = float(self.right[self.problem.num_stages - stage - 1, stop])
+        return self.with_slowest(max(left, float(self.busy[stage, start, stop]), right))
+
+    def with_slowest(self, busy_s: float) -> float:
+        """Of the whole step, when the slowest stage works so long on a micro-batch."""
+        if not np.isfinite(busy_s):
+            return busy_s
         count = self.problem.num_microbatches
-        here = float(self.busy[stage, start, stop])
-        if not np.isfinite(here):
-            return here
         if self.problem.num_chunks > 1:
-            return max(count * here, self.work(0, 0))
-        after = len(self.problem.layers) - stop
-        left = float(self.left[stage, start]) if stage else 0.0
-        right = float(self.right[self.problem.num_stages - stage - 1, stop]) if after else 0.0
-        return max(count * max(left, here, right), self.work(0, 0))
+            return max(count * busy_s, self.work(0, 0), self.total_s * min(share.min() for share in self.share))
+        steady, weight = self._ramp
+        return max(count * busy_s, steady * busy_s + _cheapest_spread(weight, self.total_s, busy_s))
+
+    @cached_property
+    def total_s(self) -> float:
+        """Forward and backward seconds of all stages together, at least."""
+        # Residuals weigh least in the last stage, which has the fewest micro-batches in flight.
+        priced = self.priced[-1]
+        room = sum(float(stage.limit.max()) for stage in self.priced) / self.problem.num_chunks
+        return float(max(0.0, (priced.total[:, -1] - priced.price * room).max()))
+
+    @cached_property
+    def _ramp(self) -> tuple[float, np.ndarray]:
+        """Ticks in which every group does both; and what a second of each stage costs at least in the others.
+
+        A tick's mirror image has backward where it has forward: together they take what their slowest stage takes for
+        both, twice where it does both in both. The average over those stages is no more.
+        """
+        kinds = self.problem.kinds
+        forward = kinds.forward.copy()
+        if self.problem.recomputes:
+            # The last stage's forward is part of its backward.
+            forward[:, -1] |= kinds.backward[:, -1]
+        steady, weight = 0.0, np.zeros(self.problem.num_stages)
+        open_kinds = list(range(len(kinds.count)))
+        while open_kinds:
+            kind = open_kinds.pop(0)
+            one, other = forward[kind], kinds.backward[kind]
+            if one.all() and other.all():
+                steady += kinds.count[kind]
+                continue
+            twin = next(
+                (
+                    k
+                    for k in open_kinds
+                    if self._mirrors(forward[k], kinds.backward[k], one, other) and kinds.count[k] == kinds.count[kind]
+                ),
+                None,
+            )
+            if twin is None:
+                continue
+            open_kinds.remove(twin)
+            twice, once = one & other, one | other
+            who = twice if twice.any() else once
+            weight[who] += (2.0 if twice.any() else 1.0) * kinds.count[kind] / who.sum()
+        return steady, weight
+
+    def _mirrors(self, forward: np.ndarray, backward: np.ndarray, one: np.ndarray, other: np.ndarray) -> bool:
+        stages = slice(None, -1) if self.problem.recomputes else slice(None)
+        return bool((forward[stages] == other[stages]).all() and (backward == one).all())
 
     def alone_seconds(self, stage: int, start: int, stop: int) -> float:
         """Of the whole step, by this stage alone: it grows with the stage."""
         return self.problem.num_microbatches * float(self.busy[stage, start, stop])
 
+    def shortest_stop(self, stage: int, start: int, busy_s: float) -> int:
+        """Where a stage must end at least, for those behind it to work no longer than `busy_s`."""
+        rest = self.right[self.problem.num_stages - stage - 1]
+        fits = np.flatnonzero(rest <= busy_s)
+        return max(start + 1, int(fits[0])) if len(fits) else len(self.problem.layers)
+
     def longest_stage(self, upper_s: float) -> float:
-        """Forward and backward seconds of a stage in a step faster than `upper_s`."""
-        return upper_s / self.problem.num_microbatches
+        """Forward and backward seconds of a stage in a step faster than `upper_s`, at most."""
+        if not np.isfinite(upper_s):
+            return np.inf
+        low, high = 0.0, upper_s / self.problem.num_microbatches
+        if self.with_slowest(high) <= upper_s:
+            return high
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.with_slowest(middle) < upper_s else (low, middle)
+        return high
+
+
+def _cheapest_spread(weight: np.ndarray, total: float, most: float) -> float:
+    """Least of `weight @ load` over loads up to `most` each that sum to `total`."""
+    cost, left = 0.0, total
+    for each in np.sort(weight):
+        load = min(left, most)
+        cost, left = cost + each * load, left - load
+    return cost
 
 
 def _layer_table(problem: Pipeline, layer: int) -> np.ndarray:
@@ -145,24 +237,31 @@ def _running(values: list[float]) -> np.ndarray:
     return np.concatenate([[0.0], np.cumsum(values)])
 
 
-def _busy(problem: Pipeline, tables: list[np.ndarray], stage: int, budget_bytes: float) -> np.ndarray:
-    """Least seconds of one virtual stage over every range of layers. float64[layers + 1, layers + 1]."""
-    count, kept = len(tables), problem.residuals_kept(stage)
+def _price(problem: Pipeline, tables: list[np.ndarray], stage: int, budget_bytes: float) -> tuple[Priced, np.ndarray]:
+    """Priced sums of one virtual stage, and the least bytes of the first layers."""
     limit = budget_bytes - problem.in_flight[stage] * np.array([cut.bytes for cut in problem.cuts] + [0.0])
-    found = np.zeros((count + 1, count + 1))
     # Where chunks share a group, another chunk's residual may be the one that is held.
-    kept = 0 if problem.recomputes and problem.num_chunks > 1 else kept
-    own = []
+    kept = 0 if problem.recomputes and problem.num_chunks > 1 else problem.residuals_kept(stage)
+    own: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for table in tables:
-        forward = table[:, 0] * (0.0 if problem.recomputes and stage == problem.num_stages - 1 else 1.0)
-        own.append((forward + table[:, 1], table[:, 3] + kept * table[:, 4]))
-    for price in (0.0, *_prices(own)):
-        total = _running([(seconds + price * needed).min() for seconds, needed in own])
-        bound = total[None, :] - total[:, None] - price * limit[:, None]
-        found = np.maximum(found, bound)
-    least = _running([needed.min() for _, needed in own])
-    found[least[None, :] - least[:, None] > limit[:, None]] = np.inf
-    return np.where(np.arange(count + 1)[None, :] > np.arange(count + 1)[:, None], found, np.inf)
+        if id(table) not in own:
+            forward = table[:, 0] * (0.0 if problem.recomputes and stage == problem.num_stages - 1 else 1.0)
+            own[id(table)] = forward + table[:, 1], table[:, 3] + kept * table[:, 4]
+    price = np.concatenate([[0.0], _prices(list(own.values()))])
+    cheapest = {key: (s[None] + price[:, None] * needed[None]).min(1) for key, (s, needed) in own.items()}
+    total = np.stack([cheapest[id(table)] for table in tables], axis=1).cumsum(1)
+    total = np.concatenate([np.zeros((len(price), 1)), total], axis=1)
+    least = _running([own[id(table)][1].min() for table in tables])
+    return Priced(price, total, limit), least
+
+
+def _busy(priced: Priced, least_bytes: np.ndarray) -> np.ndarray:
+    """Least seconds of one virtual stage over every range of layers. float64[layers + 1, layers + 1]."""
+    total, size = priced.total, len(least_bytes)
+    bound = total[:, None, :] - total[:, :, None] - priced.price[:, None, None] * priced.limit[None, :, None]
+    found = np.maximum(bound.max(0), 0.0)
+    found[least_bytes[None, :] - least_bytes[:, None] > priced.limit[:, None]] = np.inf
+    return np.where(np.arange(size)[None, :] > np.arange(size)[:, None], found, np.inf)
 
 
 def _prices(own: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -203,4 +302,7 @@ def _even_share(problem: Pipeline) -> tuple[np.ndarray, np.ndarray]:
     kinds, groups = problem.kinds, problem.degree
     active = (kinds.forward | kinds.backward).reshape(len(kinds.count), problem.num_chunks, groups).any(1).sum(1)
     weight = kinds.count / np.maximum(active, 1)
-    return (weight[:, None] * kinds.forward).sum(0), (weight[:, None] * kinds.backward).sum(0)
+    forward, backward = ((weight[:, None] * part).sum(0) for part in (kinds.forward, kinds.backward))
+    if problem.recomputes:
+        forward[-1] = backward[-1]  # The last stage's forward is part of its backward.
+    return forward, backward

@@ -7,11 +7,13 @@ share their labels: a run of like layers is grown once, however many stages lie 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from galvatron_jax.search.bounds import Bounds
 from galvatron_jax.search.pipeline import Pipeline, StageOptions
 
 FORWARD, BACKWARD, ONCE, RESIDENT, RESIDUAL, WORKSPACE = range(6)
@@ -61,16 +63,26 @@ class StageFront:
     """What the stage adds to its group's bytes all the time. float64[points]"""
     passing_bytes: np.ndarray
     """What it needs while it works. float64[points]"""
+    options: Sequence[tuple[int, ...]]
+    """Per point, one option per layer of the stage."""
+    complete: bool
+    """Whether no choice is missing."""
+
+    def __len__(self) -> int:
+        return len(self.forward_s)
+
+
+@dataclass(frozen=True, eq=False)
+class _Choices(Sequence[tuple[int, ...]]):
+    """Options of points, traced back when they are asked for."""
+
     labels: Labels
     index: np.ndarray
-    """Per point, its label."""
-    complete: bool
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def options(self, point: int) -> tuple[int, ...]:
-        """One option per layer of the stage."""
+    def __getitem__(self, point: Any) -> Any:
         return self.labels.options(int(self.index[point]))
 
 
@@ -80,8 +92,8 @@ class Limits:
 
     bytes: float
     busy_s: float = np.inf
-    """Forward and backward seconds of one stage together."""
-    labels: int = 4000
+    """Forward and backward seconds of one stage together, recomputation included."""
+    labels: int = 400
     """Kept per layer; beyond it the front is not complete."""
 
 
@@ -90,38 +102,32 @@ class FrontBuilder:
     """Grows the fronts of one problem."""
 
     problem: Pipeline
+    bounds: Bounds
     limits: Limits
     grown: int = 0
     """Labels kept, over all layers."""
-    _nodes: dict[Hashable, tuple[Labels, Hashable]] = field(default_factory=dict, repr=False)
-    _fronts: dict[Hashable, StageFront] = field(default_factory=dict, repr=False)
+    _labels: dict[tuple[int, int], list[Labels]] = field(default_factory=dict, repr=False)
+    _fronts: dict[tuple[int, int, int], StageFront] = field(default_factory=dict, repr=False)
 
     def front(self, stage: int, start: int, stop: int) -> StageFront:
         """The choices of a virtual stage that holds layers `start` to `stop - 1`."""
-        problem = self.problem
-        last = stop == len(problem.layers)
-        labels, key = self._labels(stage, start, stop)
-        exchange, kept = problem.exchange_s(start, stop), problem.kept_bytes(stage, start, stop)
-        memo = (key, last, problem.cuts[start], None if last else problem.cuts[stop], exchange, kept)
-        if memo not in self._fronts:
-            self._fronts[memo] = self._finish(labels, start, stop, exchange, kept)
-        return self._fronts[memo]
+        key = (stage, start, stop)
+        if key not in self._fronts:
+            self._fronts[key] = self._finish(self._grow(stage, start, stop), stage, start, stop)
+        return self._fronts[key]
 
-    def _labels(self, stage: int, start: int, stop: int) -> tuple[Labels, Hashable]:
+    def _grow(self, stage: int, start: int, stop: int) -> Labels:
+        """Labels of layers `start` to `stop - 1`; those of shorter stages are kept for longer ones."""
         problem, kept = self.problem, self.problem.residuals_kept(stage)
-        first = problem.options(start, start)
-        key: Hashable = (id(first), start > 0, kept)
-        if key not in self._nodes:
-            self._nodes[key] = self._root(first, start > 0, kept), key
-        labels, key = self._nodes[key]
-        for layer in range(start + 1, stop):
-            options, moves = problem.options(layer, start), problem.moves[layer - 1]
-            extended = (key, id(options), id(moves))
-            if extended not in self._nodes:
-                # A short name, so that keys do not grow with the stage.
-                self._nodes[extended] = self._extend(labels, options, moves, kept), len(self._nodes)
-            labels, key = self._nodes[extended]
-        return labels, key
+        found = self._labels.setdefault((stage, start), [])
+        for layer in range(start + len(found), stop):
+            options = problem.options(layer, start)
+            if found:
+                labels = self._extend(found[-1], options, problem.moves[layer - 1], kept)
+            else:
+                labels = self._root(options, start > 0, kept)
+            found.append(self._prune(labels, stage, start, layer + 1))
+        return found[stop - start - 1]
 
     def _own(self, options: StageOptions, kept: int) -> np.ndarray:
         """The columns that one layer's options add."""
@@ -141,8 +147,7 @@ class FrontBuilder:
         if enters:
             columns[:, :2] += options.enter_s[options.boundary]
         count = len(options)
-        labels = Labels(columns, options.boundary, np.full(count, -1), np.arange(count), None, complete=True)
-        return self._prune(labels)
+        return Labels(columns, options.boundary, np.full(count, -1), np.arange(count), None, complete=True)
 
     def _extend(self, labels: Labels, options: StageOptions, moves: np.ndarray, kept: int) -> Labels:
         own, pieces = self._own(options, kept), []
@@ -163,27 +168,43 @@ class FrontBuilder:
                 )
             )
         columns, classes, parent, option = (np.concatenate(part) for part in zip(*pieces, strict=True))
-        return self._prune(Labels(columns, classes, parent, option, labels, labels.complete))
+        return Labels(columns, classes, parent, option, labels, labels.complete)
 
-    def _prune(self, labels: Labels) -> Labels:
-        columns, limits = labels.columns, self.limits
-        needed = columns[:, RESIDENT] + columns[:, RESIDUAL] + columns[:, WORKSPACE]
-        alive = (needed <= limits.bytes) & (columns[:, FORWARD] + columns[:, BACKWARD] <= limits.busy_s)
-        labels = labels.take(np.flatnonzero(alive))
+    def _prune(self, labels: Labels, stage: int, start: int, stop: int) -> Labels:
+        """Drops labels of layers `start` to `stop - 1` that others beat, or that no stage of a useful plan begins as.
+
+        However the stage goes on, it must reach far enough for the stages behind it not to take too long.
+        """
+        columns, priced = labels.columns, self.bounds.priced[stage]
+        busy, needed = self._busy(columns, stage), columns[:, [RESIDENT, RESIDUAL, WORKSPACE]].sum(1)
+        far = max(stop, self.bounds.shortest_stop(stage, start, self.limits.busy_s))
+        ahead = priced.total[:, far] - priced.total[:, stop] - priced.price * priced.limit[start]
+        # Another chunk's residual may be the one that is held: it does not count for sure.
+        sure = columns[:, RESIDENT] + columns[:, WORKSPACE]
+        bound = (busy[:, None] + priced.price * sure[:, None] + ahead).max(1)
+        alive = (needed <= priced.limit[start]) & (bound <= self.limits.busy_s * (1 + _ROUNDING))
+        alive = np.flatnonzero(alive)
+        labels, bound = labels.take(alive), bound[alive]
         kept = [
             members[pareto(labels.columns[members])]
             for members in (np.flatnonzero(labels.classes == here) for here in np.unique(labels.classes))
         ]
         index = np.concatenate(kept) if kept else np.zeros(0, np.int64)
         complete = labels.complete
-        if len(index) > limits.labels:
-            busy = labels.columns[index, FORWARD] + labels.columns[index, BACKWARD]
-            index, complete = _spread(index, busy, labels.columns[index, RESIDENT], limits.labels), False
+        if len(index) > self.limits.labels:
+            # The most promising go on.
+            index, complete = index[np.argsort(bound[index], kind="stable")[: self.limits.labels]], False
         self.grown += len(index)
         labels = labels.take(index)
         return Labels(labels.columns, labels.classes, labels.parent, labels.option, labels.before, complete)
 
-    def _finish(self, labels: Labels, start: int, stop: int, exchange_s: float, kept_bytes: int) -> StageFront:
+    def _busy(self, columns: np.ndarray, stage: int) -> np.ndarray:
+        """Forward and backward seconds, recomputation included."""
+        problem = self.problem
+        again = problem.recomputes and stage < problem.num_stages - 1
+        return (2 if again else 1) * columns[:, FORWARD] + columns[:, BACKWARD]
+
+    def _finish(self, labels: Labels, stage: int, start: int, stop: int) -> StageFront:
         problem, columns = self.problem, labels.columns.copy()
         last = stop == len(problem.layers)
         recomputed = columns[:, FORWARD].copy()
@@ -191,8 +212,8 @@ class FrontBuilder:
             columns[:, :2] += problem.layers[stop - 1].leave_s[labels.classes]
             columns[:, FORWARD] += problem.cuts[stop].forward_s
         columns[:, BACKWARD] += problem.cuts[start].backward_s
-        columns[:, ONCE] += exchange_s
-        columns[:, RESIDENT] += kept_bytes
+        columns[:, ONCE] += problem.exchange_s(start, stop)
+        columns[:, RESIDENT] += problem.kept_bytes(stage, start, stop)
         if problem.recomputes:
             columns[:, BACKWARD] += recomputed
             if last:
@@ -211,19 +232,12 @@ class FrontBuilder:
             columns[index, ONCE],
             columns[index, RESIDENT],
             passing[index],
-            labels,
-            index,
+            _Choices(labels, index),
             labels.complete,
         )
 
 
-def _spread(index: np.ndarray, busy_s: np.ndarray, resident: np.ndarray, count: int) -> np.ndarray:
-    """The fastest half and the smallest half of too many labels."""
-    fast = np.argsort(busy_s, kind="stable")[: count // 2]
-    small = np.argsort(resident, kind="stable")[: count - count // 2]
-    return index[np.unique(np.concatenate([fast, small]))]
-
-
+_ROUNDING = 1e-12
 _BLOCK = 128
 
 

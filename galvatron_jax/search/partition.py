@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +18,22 @@ import numpy as np
 from galvatron_jax.search.bounds import Bounds
 from galvatron_jax.search.fronts import FrontBuilder, Limits, StageFront, pareto
 from galvatron_jax.search.pipeline import Pipeline, PipelineSolution, evaluate
+from galvatron_jax.search.sketch import SketchBuilder, polish
 
 TOLERANCE = 1e-12
 """Relative difference of seconds that counts as none: rounding of sums in another order."""
-_BEAM = 6
-_BEAM_LABELS = 200
+_GUESSES = (1.003, 1.01, 1.03, 1.1, 1.3, 2.0)
+"""Tried in turn, as multiples of the lower bound: seconds of the best plan."""
+_ROUGH_GUESSES = (1.3,)
+"""The same where the bound knows nothing of bubbles."""
+_EXACT_LABELS = 20_000
+"""Of stages and beginnings together: an exact attempt that needs more gives up."""
 _MAX_BEGINNINGS = 20_000
 """Kept per stage; beyond it the result is no longer proven."""
+
+
+class _TooManyError(Exception):
+    """The exact attempt grows too many labels."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ class _Solver:
     upper_s: float
     deadline: float | None
     bounds: Bounds
-    builder: FrontBuilder
+    builder: FrontBuilder | SketchBuilder
     best: PipelineSolution | None = None
     proven: bool = True
     placed: int = 0
@@ -136,8 +146,8 @@ class _Solver:
 
     # ------------------------------------------------------------------------------------------ stages
 
-    def run(self, beam: int | None) -> None:
-        """Places all virtual stages; with a beam only the most promising beginnings go on."""
+    def run(self) -> None:
+        """Places all virtual stages."""
         problem, count = self.problem, len(self.problem.layers)
         self.cells = {(0, 0): self.empty()}
         for stage in range(problem.num_stages):
@@ -157,7 +167,7 @@ class _Solver:
                     found = self._place(stage, start, stop)
                     if found is not None:
                         arrivals.setdefault(stop, []).append(found)
-            self._settle(stage + 1, arrivals, beam)
+            self._settle(stage + 1, arrivals)
         self._finish()
 
     def _place(self, stage: int, start: int, stop: int) -> _Beginnings | None:
@@ -168,6 +178,8 @@ class _Solver:
             return None
         front = self.builder.front(stage, start, stop)
         self.proven &= front.complete
+        if not front.complete and isinstance(self.builder, FrontBuilder):
+            raise _TooManyError
         if not len(front):
             return None
         columns = self.extend(before.columns[alive], stage, front)
@@ -183,19 +195,17 @@ class _Solver:
         """Which bounds leave room for something better than the best known."""
         return bound_s < self.upper_s * (1 - TOLERANCE)
 
-    def _settle(self, placed: int, arrivals: dict[int, list[_Beginnings]], beam: int | None) -> None:
+    def _settle(self, placed: int, arrivals: dict[int, list[_Beginnings]]) -> None:
         for layer, pieces in arrivals.items():
             parts = [np.concatenate(part) for part in zip(*(_fields(p) for p in pieces), strict=True)]
             found = _Beginnings(*parts)
-            order = np.argsort(found.bound_s, kind="stable")
-            if beam is not None:
-                found = found.take(order[:beam])
-            else:
-                found = found.take(pareto(found.columns))
-                if len(found.bound_s) > _MAX_BEGINNINGS:
-                    found = found.take(np.argsort(found.bound_s, kind="stable")[:_MAX_BEGINNINGS])
-                    self.proven = False
+            found = found.take(pareto(found.columns))
+            if len(found.bound_s) > _MAX_BEGINNINGS:
+                found = found.take(np.argsort(found.bound_s, kind="stable")[:_MAX_BEGINNINGS])
+                self.proven = False
             self.placed += len(found.bound_s)
+            if isinstance(self.builder, FrontBuilder) and self.placed + self.builder.grown > _EXACT_LABELS:
+                raise _TooManyError
             if len(found.bound_s):
                 self.cells[placed, layer] = found
 
@@ -215,7 +225,7 @@ class _Solver:
         for stage in range(self.problem.num_stages, 0, -1):
             cell = self.cells[stage, stop]
             start, point = int(cell.start[index]), int(cell.point[index])
-            options.append(self.builder.front(stage - 1, start, stop).options(point))
+            options.append(self.builder.front(stage - 1, start, stop).options[point])
             starts.append(start)
             index, stop = int(cell.parent[index]), start
         chosen = tuple(option for part in reversed(options) for option in part)
@@ -243,12 +253,59 @@ def solve_pipeline(
     bounds = Bounds.of(problem, budget)
     if bounds.seconds() >= upper_s * (1 - TOLERANCE):
         return PipelineOutcome(None, proven=True, labels=0)
-    builder = FrontBuilder(problem, Limits(budget, bounds.longest_stage(upper_s), labels=_BEAM_LABELS))
-    solver = _Solver(problem, budget, upper_s, deadline, bounds, builder)
-    solver.run(beam=_BEAM)
-    if math.isfinite(solver.upper_s):
-        # What is known now bounds how much a stage may do.
-        solver.builder = FrontBuilder(problem, Limits(budget, bounds.longest_stage(solver.upper_s)))
-    solver.proven = True
-    solver.run(beam=None)
-    return PipelineOutcome(solver.best, solver.proven, solver.placed + solver.builder.grown)
+    search = _Search(problem, budget, bounds, deadline)
+    sketched = search.sketch(upper_s)
+    found = search.exact(min(upper_s, sketched.seconds) if sketched is not None else upper_s)
+    if found is None:
+        return PipelineOutcome(sketched, False, search.labels)
+    return PipelineOutcome(found.solution or sketched, found.proven, search.labels)
+
+
+@dataclass
+class _Search:
+    """Attempts at one problem."""
+
+    problem: Pipeline
+    budget_bytes: float
+    bounds: Bounds
+    deadline: float | None
+    labels: int = 0
+
+    def sketch(self, upper_s: float) -> PipelineSolution | None:
+        """A good solution that is faster than `upper_s`, if one is found; not in general the optimum."""
+        builder = SketchBuilder(self.problem, self.bounds, self.budget_bytes)
+        for aim in self._aims(upper_s):
+            best = self._attempt(aim, builder).best
+            if best is not None and self.problem.num_chunks == 1:
+                return polish(self.problem, best, budget_bytes=self.budget_bytes)
+            if best is not None:
+                return best
+        return None
+
+    def exact(self, upper_s: float) -> PipelineOutcome | None:
+        """The optimum if it is faster than `upper_s`; None when that takes too many labels."""
+        for aim in self._aims(upper_s):
+            limits = Limits(self.budget_bytes, self.bounds.longest_stage(aim))
+            try:
+                solver = self._attempt(aim, FrontBuilder(self.problem, self.bounds, limits))
+            except _TooManyError:
+                return None
+            if solver.best is not None or aim == upper_s:
+                return PipelineOutcome(solver.best, solver.proven, self.labels)
+        return None
+
+    def _aims(self, upper_s: float) -> Iterator[float]:
+        """Seconds to beat: a tight guess leaves little to look at, and what beats it is the best."""
+        bound = self.bounds.seconds()
+        factors = _GUESSES if self.problem.num_chunks == 1 else _ROUGH_GUESSES
+        yield from (bound * factor for factor in factors if bound * factor < upper_s)
+        yield upper_s
+
+    def _attempt(self, aim_s: float, builder: FrontBuilder | SketchBuilder) -> _Solver:
+        solver = _Solver(self.problem, self.budget_bytes, aim_s, self.deadline, self.bounds, builder)
+        grown = builder.grown
+        try:
+            solver.run()
+        finally:
+            self.labels += solver.placed + builder.grown - grown
+        return solver
