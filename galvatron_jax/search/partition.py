@@ -28,6 +28,8 @@ _ROUGH_GUESSES = (1.3,)
 """The same where the bound knows nothing of bubbles."""
 _EXACT_LABELS = 20_000
 """Of stages and beginnings together: an exact attempt that needs more gives up."""
+_SKETCHED = 200
+"""Beginnings that go on from each layer of a sketch."""
 _MAX_BEGINNINGS = 20_000
 """Kept per stage; beyond it the result is no longer proven."""
 
@@ -199,6 +201,8 @@ class _Solver:
         for layer, pieces in arrivals.items():
             parts = [np.concatenate(part) for part in zip(*(_fields(p) for p in pieces), strict=True)]
             found = _Beginnings(*parts)
+            if isinstance(self.builder, SketchBuilder):
+                found = found.take(np.argsort(found.bound_s, kind="stable")[:_SKETCHED])
             found = found.take(pareto(found.columns))
             if len(found.bound_s) > _MAX_BEGINNINGS:
                 found = found.take(np.argsort(found.bound_s, kind="stable")[:_MAX_BEGINNINGS])
