@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from galvatron_jax.cost.model import CostModel
+from galvatron_jax.cost.pipeline import predict_pipeline
 from galvatron_jax.cost.planner import PlanTable
 from galvatron_jax.cost.step import predict
 from galvatron_jax.search.chain import Chain, Solution, evaluate
+from galvatron_jax.search.pipelines import PipelineBest
 from galvatron_jax.search.problems import Best
 from galvatron_jax.spec.plan import LayerGroup, Plan, Stage
 from galvatron_jax.spec.strategy import LayerStrategy
@@ -32,14 +34,36 @@ def make_plan(best: Best, *, memory_bytes: int | None) -> Plan:
     )
 
 
+def make_pipeline_plan(best: PipelineBest, *, memory_bytes: int | None) -> Plan:
+    """The plan of a pipeline's solution, with its prediction."""
+    problem, starts = best.problem, best.solution.starts
+    strategies = problem.strategies(best.solution)
+    costs, batching, pipelining = _exact(problem.costs), problem.batching, problem.pipelining
+    stops = (*starts[1:], len(strategies))
+    return Plan(
+        model=costs.model.name,
+        model_fingerprint=costs.model.fingerprint,
+        mesh=(*pipelining.axes, *costs.table.mesh),
+        global_batch=batching.global_batch,
+        num_microbatches=batching.num_microbatches,
+        schedule=pipelining.schedule,
+        stages=tuple(
+            Stage(groups=group(strategies[start:stop], first=start)) for start, stop in zip(starts, stops, strict=True)
+        ),
+        pipeline_axes=tuple(axis.name for axis in pipelining.axes),
+        batch_axes=batching.axes,
+        prediction=predict_pipeline(costs, pipelining, starts, strategies, batching, memory_bytes=memory_bytes),
+    )
+
+
 def _exact(costs: CostModel) -> CostModel:
     """The same cost model without interpolation between micro-batches: what `price_plan` uses."""
     return replace(costs, table=PlanTable(costs.model, costs.table.mesh, costs.table.planner))
 
 
-def group(strategies: Sequence[LayerStrategy]) -> tuple[LayerGroup, ...]:
-    """Consecutive layers with one strategy, as groups."""
-    groups, start = [], 0
+def group(strategies: Sequence[LayerStrategy], *, first: int = 0) -> tuple[LayerGroup, ...]:
+    """Consecutive layers with one strategy, as groups; the first layer has the number `first`."""
+    groups, start = [], first
     for strategy, run in itertools.groupby(strategies):
         stop = start + len(list(run))
         groups.append(LayerGroup(start=start, stop=stop, strategy=strategy))

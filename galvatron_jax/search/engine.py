@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -10,10 +11,18 @@ from galvatron_jax.cost.memory import OptimizerMemory
 from galvatron_jax.cost.model import CostModel
 from galvatron_jax.cost.planner import Planner, default_planner
 from galvatron_jax.errors import InputError
-from galvatron_jax.search.assemble import make_plan
+from galvatron_jax.search.assemble import make_pipeline_plan, make_plan
 from galvatron_jax.search.explain import RunnerUp, SearchResult, SearchStatistics
 from galvatron_jax.search.families import FAMILIES
 from galvatron_jax.search.infeasible import nothing_fits
+from galvatron_jax.search.pipelines import (
+    Layout,
+    PipelineBest,
+    build_pipelines,
+    fastest_pipeline,
+    layouts_of,
+    least_pipeline,
+)
 from galvatron_jax.search.problems import Best, Effort, Problem, Progress, build_problems, fastest, least_memory
 from galvatron_jax.search.space import Rule, SearchSpace, meshes_for
 from galvatron_jax.spec.cluster import ClusterSpec
@@ -80,10 +89,10 @@ def search(
         # The line through planned micro-batches misled: plan every one.
         exact = replace(space, disabled_rules=space.disabled_rules | {Rule.AFFINE_IN_MICROBATCH})
         found = _attempt(replace(request, space=exact))
-    if not found.fits:
-        raise nothing_fits(found.best, found.plan, memory_bytes=request.budget_bytes, space=space)
-    statistics = _statistics(found.effort, found.problems, time.monotonic() - started)
-    others = _runners_up(found.problems, found.plan, memory_bytes=request.budget_bytes) if runners_up else ()
+    if found.best is None:
+        raise nothing_fits(found.nearest, found.plan, memory_bytes=request.budget_bytes, space=space)
+    statistics = _statistics(found, time.monotonic() - started)
+    others = _runners_up(found, memory_bytes=request.budget_bytes) if runners_up else ()
     return SearchResult(found.plan, cluster.name, others, statistics)
 
 
@@ -105,39 +114,83 @@ class _Request:
 @dataclass(frozen=True, eq=False)
 class _Attempt:
     problems: list[Problem]
-    best: Best
-    fits: bool
-    """Whether `best` fits the budget; otherwise it needs least memory."""
+    """Of one stage."""
+    best: Best | PipelineBest | None
+    """The fastest that fits."""
+    nearest: Best | PipelineBest
+    """The same, or where nothing fits what needs least memory."""
     plan: Plan
+    others: tuple[PipelineBest, ...]
+    """Pipelines that were the best for a while."""
+    unlimited_s: float
+    """Seconds of a step with unlimited memory, at least."""
     effort: Effort
 
     @property
     def agrees(self) -> bool:
         """Whether the plan, planned anew and priced as a whole, costs what the search thought."""
         assert self.plan.prediction is not None
-        step, memory = self.plan.prediction.time.step_s, self.plan.prediction.memory[0].total_bytes
-        thought = self.best.solution.bytes + self.best.problem.fixed_bytes
-        return memory == thought and abs(step - self.best.solution.seconds) <= _ROUNDING * step
+        if self.best is None:
+            return True
+        step, memory = self.plan.prediction.time.step_s, [m.total_bytes for m in self.plan.prediction.memory]
+        thought, seconds = _thought_bytes(self.best), self.best.solution.seconds
+        return memory == thought and abs(step - seconds) <= _ROUNDING * step
+
+
+def _thought_bytes(best: Best | PipelineBest) -> list[int]:
+    """Per group of devices, what the search counted."""
+    if isinstance(best, Best):
+        return [best.solution.bytes + best.problem.fixed_bytes]
+    return [size + best.problem.pipeline.fixed_bytes for size in best.solution.bytes]
+
+
+def _plan_of(best: Best | PipelineBest, *, memory_bytes: int) -> Plan:
+    if isinstance(best, Best):
+        return make_plan(best, memory_bytes=memory_bytes)
+    return make_pipeline_plan(best, memory_bytes=memory_bytes)
 
 
 def _attempt(request: _Request) -> _Attempt:
-    """Builds and solves all problems."""
-    counts = request.space.microbatch_counts(request.global_batch)
-    affine = request.space.applies(Rule.AFFINE_IN_MICROBATCH)
-    microbatches = tuple(sorted(request.global_batch // count for count in counts)) if affine else ()
-    models = [
-        CostModel.build(
-            request.model,
-            cluster=request.cluster,
-            mesh=mesh,
-            profile=request.profile,
-            optimizer=request.optimizer,
-            planner=request.planner,
-            microbatches=microbatches,
+    """Builds and solves all problems: one stage first, whose best bounds the pipelines."""
+    effort, budget = Effort(), request.budget_bytes
+    space = request.space
+    chains = _chains(request, effort) if space.pipeline_degrees is None or 1 in space.pipeline_degrees else []
+    best: Best | PipelineBest | None = fastest(chains, memory_bytes=budget, effort=effort, deadline=request.deadline)
+    layouts = layouts_of(request.meshes, space)
+    models = [(layout, _costs(request, layout.stage_axes, layout.pipeline_axes)) for layout in layouts]
+    pipelines = build_pipelines(
+        models,
+        global_batch=request.global_batch,
+        memory_bytes=budget,
+        space=space,
+        effort=effort,
+        progress=request.progress,
+    )
+    upper = best.solution.seconds if best is not None else math.inf
+    others = fastest_pipeline(pipelines, memory_bytes=budget, upper_s=upper, effort=effort, deadline=request.deadline)
+    if others:
+        best = others[-1]
+    nearest = best
+    if nearest is None:
+        nearest = least_memory(chains) if chains else _least_pipeline(request, models)
+    unlimited = min([problem.bound_s for problem in chains], default=0.0)
+    plan = _plan_of(nearest, memory_bytes=budget)
+    return _Attempt(chains, best, nearest, plan, tuple(others[:-1]), unlimited, effort)
+
+
+def _least_pipeline(request: _Request, models: list[tuple[Layout, CostModel]]) -> PipelineBest:
+    if not models:
+        raise InputError(
+            f"No pipeline degree of {request.space.pipeline_degrees} can be made of "
+            f"{request.cluster.num_devices} devices; allow others, or 1."
         )
-        for mesh in request.meshes
-    ]
-    effort = Effort()
+    return least_pipeline(
+        models, global_batch=request.global_batch, memory_bytes=request.budget_bytes, space=request.space
+    )
+
+
+def _chains(request: _Request, effort: Effort) -> list[Problem]:
+    models = [_costs(request, mesh, ()) for mesh in request.meshes]
     problems = build_problems(
         models,
         global_batch=request.global_batch,
@@ -151,13 +204,27 @@ def _attempt(request: _Request) -> _Attempt:
             f"No strategies of {request.model.name!r} agree on the layout of its shared parameters "
             f"({', '.join(models[0].wiring.tied) or 'none'}). Allow more strategies in the search space."
         )
-    best = fastest(problems, memory_bytes=request.budget_bytes, effort=effort, deadline=request.deadline)
-    nearest = best or least_memory(problems)
-    plan = make_plan(nearest, memory_bytes=request.budget_bytes)
-    return _Attempt(problems, nearest, best is not None, plan, effort)
+    return problems
 
 
-def _statistics(effort: Effort, problems: list[Problem], seconds: float) -> SearchStatistics:
+def _costs(request: _Request, mesh: tuple[MeshAxis, ...], pipeline_axes: tuple[MeshAxis, ...]) -> CostModel:
+    counts = request.space.microbatch_counts(request.global_batch)
+    affine = request.space.applies(Rule.AFFINE_IN_MICROBATCH)
+    return CostModel.build(
+        request.model,
+        cluster=request.cluster,
+        mesh=mesh,
+        profile=request.profile,
+        optimizer=request.optimizer,
+        planner=request.planner,
+        pipeline_axes=pipeline_axes,
+        microbatches=tuple(sorted(request.global_batch // count for count in counts)) if affine else (),
+    )
+
+
+def _statistics(found: _Attempt, seconds: float) -> SearchStatistics:
+    effort = found.effort
+    assert found.best is not None
     return SearchStatistics(
         seconds=seconds,
         problems=effort.problems,
@@ -167,28 +234,39 @@ def _statistics(effort: Effort, problems: list[Problem], seconds: float) -> Sear
         estimated_options=effort.estimated,
         labels=effort.labels,
         pruned=tuple(sorted((str(rule), count) for rule, count in effort.pruned.items())),
-        proven=effort.proven,
-        unlimited_s=problems[0].bound_s,
+        bound_s=min(effort.open_s, found.best.solution.seconds),
+        step_s=found.best.solution.seconds,
+        unlimited_s=found.unlimited_s,
     )
 
 
-def _runners_up(problems: list[Problem], winner: Plan, *, memory_bytes: int) -> tuple[RunnerUp, ...]:
+def _runners_up(found: _Attempt, *, memory_bytes: int) -> tuple[RunnerUp, ...]:
     """The best plan of every family but the winner's own; where none fits, the family's smallest."""
-    found: list[RunnerUp] = []
+    winner, others = found.plan, []
     for family in FAMILIES:
-        if all(family.allows(strategy) for strategy in winner.strategies):
+        if len(winner.stages) == 1 and all(family.allows(strategy) for strategy in winner.strategies):
             continue
-        if not any(problem.builder.tables.offers(family.allows) for problem in problems):
+        if not any(problem.builder.tables.offers(family.allows) for problem in found.problems):
             continue
-        chains = [problem.restricted(family.allows) for problem in problems]
+        chains = [problem.restricted(family.allows) for problem in found.problems]
         restricted = sorted((chain for chain in chains if chain is not None), key=lambda problem: problem.bound_s)
         if not restricted:
             continue
         best = fastest(restricted, memory_bytes=memory_bytes, exact=False)
         plan = make_plan(best or least_memory(restricted), memory_bytes=memory_bytes)
-        if plan.strategies != winner.strategies and all(plan.strategies != other.plan.strategies for other in found):
-            found.append(RunnerUp(family.name, plan, fits=best is not None))
-    return tuple(sorted(found, key=_rank))
+        if _differs(plan, winner, others):
+            others.append(RunnerUp(family.name, plan, fits=best is not None))
+    for best in reversed(found.others):
+        plan = make_pipeline_plan(best, memory_bytes=memory_bytes)
+        name = f"{plan.schedule} over {plan.pipeline_degree} groups"
+        if _differs(plan, winner, others) and all(name != other.family for other in others):
+            others.append(RunnerUp(name, plan, fits=True))
+    return tuple(sorted(others, key=_rank))
+
+
+def _differs(plan: Plan, winner: Plan, others: list[RunnerUp]) -> bool:
+    known = [winner, *(other.plan for other in others)]
+    return all((plan.strategies, plan.stages) != (other.strategies, other.stages) for other in known)
 
 
 def _rank(runner_up: RunnerUp) -> tuple[bool, float]:

@@ -14,6 +14,8 @@ _TIME_PARTS = {
     "update_s": "optimizer update",
     "bubble_s": "pipeline bubble",
 }
+_PROVEN = 1e-9
+"""Relative gap that counts as none: rounding of sums in another order."""
 _MEMORY_PARTS = {
     "parameter_bytes": "parameters",
     "optimizer_bytes": "optimizer state",
@@ -56,7 +58,7 @@ class RunnerUp:
         mine = self.prediction
         if not self.fits:
             budget = mine.memory_budget_bytes or 0
-            need = mine.memory[0].total_bytes
+            need = mine.largest.total_bytes
             return f"needs {format_bytes(need)}, {format_bytes(need - budget)} more than there is"
         slower = mine.time.step_s / winner.time.step_s - 1
         differences = {
@@ -86,10 +88,22 @@ class SearchStatistics:
     labels: int
     pruned: tuple[tuple[str, int], ...]
     """How often each rule removed something."""
-    proven: bool
-    """Whether nothing better exists in the search space; False when time ran out."""
+    bound_s: float
+    """No plan of the space takes less; the winner's own seconds where that is proven."""
+    step_s: float
+    """Seconds of the winner's step."""
     unlimited_s: float
-    """Seconds of a step with unlimited memory."""
+    """Seconds of a step of one stage with unlimited memory."""
+
+    @property
+    def gap(self) -> float:
+        """How much faster a plan could be at most, relative to the winner; 0 where it is the proven optimum."""
+        return 1 - self.bound_s / self.step_s if self.step_s else 0.0
+
+    @property
+    def proven(self) -> bool:
+        """Whether nothing better exists in the search space."""
+        return self.gap <= _PROVEN
 
 
 @dataclass(frozen=True)
@@ -133,13 +147,28 @@ def _rows(parts: dict[str, float], total: float) -> tuple[Row, ...]:
 
 
 def describe_groups(plan: Plan) -> tuple[str, ...]:
-    """One line per group of layers: which, and their strategy."""
-    last = len(plan.strategies) - 1
+    """One line per group of layers: its stage where there are several, which layers, and their strategy."""
+    last, several = len(plan.strategies) - 1, len(plan.stages) > 1
     return tuple(
-        f"layers {_span(group.start, group.stop - 1, last)}: {group.strategy.short()}"
-        for stage in plan.stages
+        (f"stage {number}, " if several else "")
+        + f"layers {_span(group.start, group.stop - 1, last)}: {group.strategy.short()}"
+        for number, stage in enumerate(plan.stages)
         for group in stage.groups
     )
+
+
+def _stage_lines(plan: Plan, prediction: Prediction) -> list[str]:
+    """Time and memory of every stage."""
+    if len(plan.stages) == 1:
+        return []
+    lines = ["Stages: forward and backward of a micro-batch, once a step; memory of the stage's group"]
+    for number, stage in enumerate(prediction.stages):
+        memory = prediction.memory[number % len(prediction.memory)]
+        lines.append(
+            f"  {number:>3}  {format_seconds(stage.forward_s):>10}  {format_seconds(stage.backward_s):>10}  "
+            f"{format_seconds(stage.once_s):>10}  {format_bytes(memory.total_bytes):>10}"
+        )
+    return lines
 
 
 def _span(start: int, stop: int, last: int) -> str:
@@ -156,6 +185,11 @@ def _lines(result: SearchResult) -> list[str]:
         f"  global batch {plan.global_batch} in {plan.num_microbatches} micro-batch(es), "
         f"batch split over {', '.join(plan.batch_axes) or 'no axis'}",
     ]
+    if len(plan.stages) > 1:
+        lines.append(
+            f"  {len(plan.stages)} stages over {plan.pipeline_degree} groups of devices "
+            f"({', '.join(plan.pipeline_axes)}), schedule {plan.schedule}"
+        )
     lines += [f"  {line}" for line in describe_groups(plan)]
     per_second = plan.global_batch / prediction.time.step_s if prediction.time.step_s else float("inf")
     lines.append(
@@ -163,15 +197,18 @@ def _lines(result: SearchResult) -> list[str]:
         f"{prediction.provenance} times), bound by {result.bound_by}"
     )
     lines += [f"  {row.share:6.1%}  {format_seconds(row.value):>10}  {row.name}" for row in time_rows(prediction.time)]
+    lines += _stage_lines(plan, prediction)
     lines += _memory_lines(prediction, statistics)
     if result.runners_up:
         lines.append("Runners-up")
     lines += [
         f"  {other.family}: {format_seconds(other.prediction.time.step_s)}, "
-        f"{format_bytes(other.prediction.memory[0].total_bytes)}; {other.reason(prediction)}"
+        f"{format_bytes(other.prediction.largest.total_bytes)}; {other.reason(prediction)}"
         for other in result.runners_up
     ]
-    proof = "the optimum of the cost model" if statistics.proven else "the best found in the time given, not proven"
+    proof = "the optimum of the cost model"
+    if not statistics.proven:
+        proof = f"the best found, not proven; no plan is more than {statistics.gap:.1%} faster"
     lines.append(
         f"Searched {statistics.problems} combinations, {statistics.options} options in "
         f"{format_seconds(statistics.seconds)}: {proof}"
@@ -182,7 +219,7 @@ def _lines(result: SearchResult) -> list[str]:
 
 
 def _memory_lines(prediction: Prediction, statistics: SearchStatistics) -> list[str]:
-    memory, budget = prediction.memory[0], prediction.memory_budget_bytes
+    memory, budget = prediction.largest, prediction.memory_budget_bytes
     lines = [f"Predicted memory: {format_bytes(memory.total_bytes)} per device"]
     if budget is not None:
         lines[0] += f" of {format_bytes(budget)}"

@@ -77,13 +77,13 @@ class _Choices(Sequence[tuple[int, ...]]):
     """Options of points, traced back when they are asked for."""
 
     labels: Labels
-    index: np.ndarray
+    rows: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.rows)
 
     def __getitem__(self, point: Any) -> Any:
-        return self.labels.options(int(self.index[point]))
+        return self.labels.options(int(self.rows[point]))
 
 
 @dataclass(frozen=True)

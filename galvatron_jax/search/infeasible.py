@@ -9,6 +9,7 @@ from galvatron_jax.cost.planner import PlanTable
 from galvatron_jax.cost.step import plan_memory
 from galvatron_jax.errors import InfeasibleError
 from galvatron_jax.search.explain import describe_groups, memory_rows
+from galvatron_jax.search.pipelines import PipelineBest
 from galvatron_jax.search.problems import Best
 from galvatron_jax.search.space import SearchSpace
 from galvatron_jax.spec.plan import MeshAxis, Plan
@@ -29,7 +30,9 @@ class NothingFitsError(InfeasibleError):
         self.budget_bytes = budget_bytes
 
 
-def nothing_fits(nearest: Best, plan: Plan, *, memory_bytes: int, space: SearchSpace) -> NothingFitsError:
+def nothing_fits(
+    nearest: Best | PipelineBest, plan: Plan, *, memory_bytes: int, space: SearchSpace
+) -> NothingFitsError:
     """The error for a search in which even the smallest plan is too large.
 
     Args:
@@ -39,7 +42,7 @@ def nothing_fits(nearest: Best, plan: Plan, *, memory_bytes: int, space: SearchS
         space: what was searched.
     """
     assert plan.prediction is not None
-    memory = plan.prediction.memory[0]
+    memory = plan.prediction.largest
     largest = memory_rows(memory)[0]
     need = memory.total_bytes
     message = (
@@ -47,15 +50,28 @@ def nothing_fits(nearest: Best, plan: Plan, *, memory_bytes: int, space: SearchS
         f"per device on {plan.num_devices} × {nearest.problem.costs.cluster.device.name}. "
         f"The nearest needs {format_bytes(need)}, {format_bytes(need - memory_bytes)} too much: "
         f"{plan.num_microbatches} micro-batch(es), {'; '.join(describe_groups(plan))}. "
+        f"{_stage_over(plan, memory_bytes)}"
         f"Largest part: {largest.name}, {format_bytes(largest.value)} ({largest.share:.0%}). "
         f"What would fit: {', or '.join(_remedies(nearest, plan, memory_bytes, space))}."
     )
     return NothingFitsError(message, nearest=plan, need_bytes=need, budget_bytes=memory_bytes)
 
 
-def _remedies(nearest: Best, plan: Plan, memory_bytes: int, space: SearchSpace) -> list[str]:
+def _stage_over(plan: Plan, memory_bytes: int) -> str:
+    """Which groups of stages are over the budget, and by how much; nothing for one stage."""
+    if len(plan.stages) == 1 or plan.prediction is None:
+        return ""
+    over = [
+        f"group {index} by {format_bytes(memory.total_bytes - memory_bytes)}"
+        for index, memory in enumerate(plan.prediction.memory)
+        if memory.total_bytes > memory_bytes
+    ]
+    return f"Over the budget: {', '.join(over)}. "
+
+
+def _remedies(nearest: Best | PipelineBest, plan: Plan, memory_bytes: int, space: SearchSpace) -> list[str]:
     assert plan.prediction is not None
-    need = plan.prediction.memory[0].total_bytes
+    need = plan.prediction.largest.total_bytes
     remedies = [f"a budget of {-(-need // MIB)} MiB per device"]
     larger = _on_more_devices(nearest, plan, memory_bytes)
     if larger is not None:
@@ -71,8 +87,10 @@ def _remedies(nearest: Best, plan: Plan, memory_bytes: int, space: SearchSpace) 
     return remedies
 
 
-def _on_more_devices(nearest: Best, plan: Plan, memory_bytes: int) -> tuple[int, int] | None:
+def _on_more_devices(nearest: Best | PipelineBest, plan: Plan, memory_bytes: int) -> tuple[int, int] | None:
     """Devices, and bytes on each, at which the nearest plan fits once its data parallelism is doubled often enough."""
+    if len(plan.stages) > 1:
+        return None
     costs, count = nearest.problem.costs, plan.num_microbatches
     mesh, strategies = plan.mesh, plan.strategies
     axes = plan.batch_axes

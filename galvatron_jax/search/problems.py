@@ -71,7 +71,12 @@ class Effort:
     estimated: int = 0
     """Options whose computation time is derived or scaled."""
     pruned: Counter[str] = field(default_factory=Counter)
-    proven: bool = True
+    open_s: float = math.inf
+    """Least bound of a problem that was not solved to the end: no plan is faster than this or the best found."""
+
+    def leave_open(self, bound_s: float) -> None:
+        """Notes that a problem with this bound was not solved to the end."""
+        self.open_s = min(self.open_s, bound_s)
 
 
 def build_problems(
@@ -163,7 +168,8 @@ def fastest(
         upper = best.solution.seconds if best is not None else math.inf
         closed = close(found, upper_s=upper, deadline=deadline)
         effort.labels += closed.labels
-        effort.proven &= closed.proven
+        if not closed.proven:
+            effort.leave_open(found.least_s)
         if closed.solution is not None:
             best = Best(problem, closed.solution)
     return best

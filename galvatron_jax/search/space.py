@@ -15,7 +15,7 @@ from galvatron_jax.errors import InputError
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.mesh import prime_factors
 from galvatron_jax.spec.model import LayerKind, PortRole
-from galvatron_jax.spec.plan import MeshAxis
+from galvatron_jax.spec.plan import MeshAxis, Schedule
 from galvatron_jax.spec.program import FactorRole
 from galvatron_jax.spec.strategy import LayerStrategy, Remat, SequenceParallel
 
@@ -65,6 +65,14 @@ class SearchSpace:
     remat: tuple[Remat, ...] = (Remat.NONE, Remat.ATTENTION, Remat.DOTS, Remat.FULL)
     num_microbatches: tuple[int, ...] | None = None
     """None tries every divisor of the global batch."""
+    pipeline_degrees: tuple[int, ...] | None = (1,)
+    """Groups of devices that stages lie on; None tries every one that the cluster's prime factors make."""
+    schedules: tuple[Schedule, ...] = (
+        Schedule.ONE_F_ONE_B_STASH, Schedule.ONE_F_ONE_B, Schedule.INTERLEAVED, Schedule.GPIPE,
+    )  # fmt: skip
+    """Of pipelines."""
+    num_chunks: tuple[int, ...] = (2,)
+    """Virtual stages on each group under the interleaved schedule."""
     disabled_rules: frozenset[Rule] = frozenset()
     """Rules not to apply."""
 

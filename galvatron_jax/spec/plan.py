@@ -109,6 +109,11 @@ class Prediction(Record):
     provenance: str = "derived"
     """Of the profile that it rests on."""
 
+    @property
+    def largest(self) -> MemoryBreakdown:
+        """Memory of the group of devices that needs most."""
+        return max(self.memory, key=lambda memory: memory.total_bytes)
+
 
 class Plan(Document):
     """How to train one model with one global batch on one mesh."""
