@@ -10,6 +10,7 @@ May import `cost`, `partition`, `spec`, `errors` and `units`; never JAX.
 
 from galvatron_jax.cost.memory import OptimizerMemory as OptimizerMemory
 from galvatron_jax.search.engine import search as search
+from galvatron_jax.search.engine import search_batches as search_batches
 from galvatron_jax.search.explain import RunnerUp as RunnerUp
 from galvatron_jax.search.explain import SearchResult as SearchResult
 from galvatron_jax.search.explain import SearchStatistics as SearchStatistics

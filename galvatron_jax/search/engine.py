@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from galvatron_jax.cost.memory import OptimizerMemory
 from galvatron_jax.cost.model import CostModel
 from galvatron_jax.cost.planner import Planner, default_planner
-from galvatron_jax.errors import InputError
+from galvatron_jax.errors import InfeasibleError, InputError
 from galvatron_jax.search.assemble import make_pipeline_plan, make_plan
 from galvatron_jax.search.explain import RunnerUp, SearchResult, SearchStatistics
 from galvatron_jax.search.families import FAMILIES
@@ -94,6 +95,46 @@ def search(
     statistics = _statistics(found, time.monotonic() - started)
     others = _runners_up(found, memory_bytes=request.budget_bytes) if runners_up else ()
     return SearchResult(found.plan, cluster.name, others, statistics)
+
+
+def search_batches(
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    *,
+    global_batches: Iterable[int],
+    optimizer: OptimizerMemory,
+    **options: Any,
+) -> SearchResult:
+    """The plan with the most examples per second over several global batches.
+
+    Args:
+        model: the model.
+        cluster: its devices are all used.
+        global_batches: examples of a step, each tried.
+        optimizer: its state per parameter.
+        options: the other arguments of `search`.
+
+    Raises:
+        InputError: when there is no batch, or one is wrong.
+        InfeasibleError: when no plan fits at any batch; that of the smallest one.
+    """
+    batches = sorted(set(global_batches))
+    if not batches:
+        raise InputError("There is no global batch to try; give at least one.")
+    best: SearchResult | None = None
+    failure: InfeasibleError | None = None
+    for batch in batches:
+        try:
+            found = search(model, cluster, global_batch=batch, optimizer=optimizer, **options)
+        except InfeasibleError as error:
+            failure = failure or error
+            continue
+        if best is None or found.examples_per_s > best.examples_per_s:
+            best = found
+    if best is None:
+        assert failure is not None
+        raise failure
+    return best
 
 
 @dataclass(frozen=True)

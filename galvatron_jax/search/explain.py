@@ -122,6 +122,11 @@ class SearchResult:
         return self.plan.prediction
 
     @property
+    def examples_per_s(self) -> float:
+        """Examples of the global batch per second."""
+        return self.plan.global_batch / self.prediction.time.step_s
+
+    @property
     def bound_by(self) -> str:
         """The largest part of a step's time."""
         return time_rows(self.prediction.time)[0].name

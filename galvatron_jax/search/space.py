@@ -59,6 +59,8 @@ class SearchSpace:
 
     tp: bool = True
     """Whether tensor parallelism is allowed."""
+    tensor_degrees: tuple[int, ...] | None = None
+    """Devices that tensor parallelism takes; 1 is none. None tries every one."""
     sequence: tuple[SequenceParallel, ...] = (SequenceParallel.MEGATRON, SequenceParallel.ULYSSES)
     """Kinds of sequence parallelism that are allowed."""
     zero: tuple[int, ...] = (0, 1, 2, 3)
@@ -106,7 +108,12 @@ class SearchSpace:
             microbatch: examples of one micro-batch over all devices; dp must divide it.
             pruned: counts what each rule removes.
         """
-        divided = [axes for axes in self._splits(mesh) if microbatch % _degree(axes[0], mesh) == 0]
+        divided = [
+            axes
+            for axes in self._splits(mesh)
+            if microbatch % _degree(axes[0], mesh) == 0
+            and (self.tensor_degrees is None or _degree(axes[1], mesh) in self.tensor_degrees)
+        ]
         kept = [axes for axes in divided if self._admits(axes, kind, mesh, pruned)]
         if not kept:
             kept = [_idle(mesh, microbatch)]
