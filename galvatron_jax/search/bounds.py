@@ -68,7 +68,8 @@ class Bounds:
         tables = [made[id(x), id(y)] for x, y in zip(problem.layers, problem.repeats, strict=True)]
         forward, backward, once = (_running([table[:, part].min() for table in tables]) for part in range(3))
         priced = [_price(problem, tables, stage, budget_bytes) for stage in range(problem.num_stages)]
-        busy = np.stack([_busy(*pair) for pair in priced])
+        sending = _sending(problem)
+        busy = np.stack([_busy(*pair) + sending for pair in priced])
         share = _even_share(problem)
         return cls(
             problem, busy, forward, backward, once, _first(busy), _last(busy), share, tuple(p for p, _ in priced)
@@ -147,7 +148,9 @@ class Bounds:
         # Residuals weigh least in the last stage, which has the fewest micro-batches in flight.
         priced = self.priced[-1]
         room = sum(float(stage.limit.max()) for stage in self.priced) / self.problem.num_chunks
-        return float(max(0.0, (priced.total[:, -1] - priced.price * room).max()))
+        sends = sorted(cut.forward_s + cut.backward_s for cut in self.problem.cuts[1:])
+        sent = sum(sends[: self.problem.num_stages - 1])
+        return float(max(0.0, (priced.total[:, -1] - priced.price * room).max()) + sent)
 
     @cached_property
     def _ramp(self) -> tuple[float, np.ndarray]:
@@ -262,6 +265,13 @@ def _busy(priced: Priced, least_bytes: np.ndarray) -> np.ndarray:
     found = np.maximum(bound.max(0), 0.0)
     found[least_bytes[None, :] - least_bytes[:, None] > priced.limit[:, None]] = np.inf
     return np.where(np.arange(size)[None, :] > np.arange(size)[:, None], found, np.inf)
+
+
+def _sending(problem: Pipeline) -> np.ndarray:
+    """Seconds to send on what crosses a stage's end, and back what crosses its start. [layers + 1, layers + 1]."""
+    forward = np.array([cut.forward_s for cut in problem.cuts] + [0.0])
+    backward = np.array([cut.backward_s for cut in problem.cuts] + [0.0])
+    return forward[None, :] + backward[:, None]
 
 
 def _prices(own: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:

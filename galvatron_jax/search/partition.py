@@ -44,10 +44,15 @@ class PipelineOutcome:
 
     solution: PipelineSolution | None
     """The best that fits and beats the bound given."""
-    proven: bool
-    """Whether nothing better exists."""
+    bound_s: float
+    """No solution is faster, but for the one found; infinite where that is proven to be the best, or there is none."""
     labels: int
     """Labels of stages and beginnings."""
+
+    @property
+    def proven(self) -> bool:
+        """Whether nothing better exists."""
+        return self.bound_s == math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,16 +258,14 @@ def solve_pipeline(
     """
     budget = budget_bytes - problem.fixed_bytes
     if budget < 0 or problem.num_stages > len(problem.layers):
-        return PipelineOutcome(None, proven=True, labels=0)
+        return PipelineOutcome(None, math.inf, labels=0)
     bounds = Bounds.of(problem, budget)
     if bounds.seconds() >= upper_s * (1 - TOLERANCE):
-        return PipelineOutcome(None, proven=True, labels=0)
+        return PipelineOutcome(None, math.inf, labels=0)
     search = _Search(problem, budget, bounds, deadline)
     sketched = search.sketch(upper_s)
-    found = search.exact(min(upper_s, sketched.seconds) if sketched is not None else upper_s)
-    if found is None:
-        return PipelineOutcome(sketched, False, search.labels)
-    return PipelineOutcome(found.solution or sketched, found.proven, search.labels)
+    found, bound = search.exact(min(upper_s, sketched.seconds) if sketched is not None else upper_s)
+    return PipelineOutcome(found or sketched, bound, search.labels)
 
 
 @dataclass
@@ -286,17 +289,25 @@ class _Search:
                 return best
         return None
 
-    def exact(self, upper_s: float) -> PipelineOutcome | None:
-        """The optimum if it is faster than `upper_s`; None when that takes too many labels."""
+    def exact(self, upper_s: float) -> tuple[PipelineSolution | None, float]:
+        """The optimum if it is faster than `upper_s`; or, where that takes too many labels, what no solution undercuts.
+
+        Returns:
+            The optimum, if there is one and it was found; and the bound, infinite where nothing is left open.
+        """
+        bound = self.bounds.seconds()
         for aim in self._aims(upper_s):
             limits = Limits(self.budget_bytes, self.bounds.longest_stage(aim))
             try:
                 solver = self._attempt(aim, FrontBuilder(self.problem, self.bounds, limits))
             except _TooManyError:
-                return None
-            if solver.best is not None or aim == upper_s:
-                return PipelineOutcome(solver.best, solver.proven, self.labels)
-        return None
+                return None, bound
+            if not solver.proven:
+                return solver.best, bound
+            if solver.best is not None:
+                return solver.best, math.inf
+            bound = aim
+        return None, math.inf
 
     def _aims(self, upper_s: float) -> Iterator[float]:
         """Seconds to beat: a tight guess leaves little to look at, and what beats it is the best."""

@@ -175,8 +175,7 @@ def fastest_pipeline(
         outcome = solve_pipeline(problem.pipeline, budget_bytes=memory_bytes, upper_s=upper_s, deadline=deadline)
         effort.solved += 1
         effort.labels += outcome.labels
-        if not outcome.proven:
-            effort.leave_open(problem.bound_s)
+        effort.leave_open(outcome.bound_s)
         if outcome.solution is not None:
             upper_s = outcome.solution.seconds
             found.append(PipelineBest(problem, outcome.solution))
