@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from galvatron_jax.partition.counts import collective, phase
-from galvatron_jax.partition.instructions import Convert, Instruction, Residual, Version
-from galvatron_jax.partition.layer_plan import BoundarySpec, LayerPlan, ParameterPlan
-from galvatron_jax.partition.layout import (
-    NOWHERE,
-    PENDING,
-    Axis,
-    Frame,
-    Layout,
-    Role,
-    Step,
-    StepKind,
-    convert,
-    names_at,
-    order_at,
-)
+from galvatron_jax.partition.counts import all_collectives, traffic
+from galvatron_jax.partition.instructions import Instruction, Residual, Version
+from galvatron_jax.partition.layer_plan import BoundarySpec, LayerPlan, PhasePlan
+from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Role, Step
+from galvatron_jax.partition.parameters import Storage
 from galvatron_jax.partition.planner import Pass
-from galvatron_jax.partition.static import StaticKind, StaticProgram, itemsize, prepare_kind
-from galvatron_jax.partition.strategy_axes import (
-    SMALL_PARAMETER_ELEMENTS,
-    AxisPlan,
-    parameter_layout,
-    plan_axes,
-)
+from galvatron_jax.partition.remat import Split, split
+from galvatron_jax.partition.setting import Held, Setting
+from galvatron_jax.partition.static import StaticKind, prepare_kind
+from galvatron_jax.partition.strategy_axes import AxisPlan, plan_axes
 from galvatron_jax.spec.model import InputPort, LayerKind, PortRole
 from galvatron_jax.spec.program import FactorRole
 from galvatron_jax.spec.strategy import LayerStrategy, Remat, SequenceParallel
@@ -60,7 +46,7 @@ class LocalPlan:
     """Per parameter port: steps from the optimizer's layout back to storage, after the update."""
     backward_reads: frozenset[int]
     """Input ports that the backward program reads."""
-    versions: Mapping[str, Mapping[int, tuple[Layout, ...]]]
+    held: Mapping[str, Mapping[int, Held]]
     """Per phase and value, its layouts by version."""
 
     def input_spec(self, port: int) -> BoundarySpec:
@@ -83,7 +69,7 @@ class LocalPlan:
 
     def layout_of(self, phase: str, version: Version) -> Layout:
         """Layout of a version of a value in `forward` or `backward`."""
-        return self.versions[phase][version[0]][version[1]]
+        return self.held[phase][version[0]].layouts[version[1]]
 
     def reads_input(self, port: int) -> bool:
         """Whether the backward program reads an input port."""
@@ -108,104 +94,121 @@ def plan_layer(
 def plan_local(
     kind: LayerKind, strategy: LayerStrategy, *, mesh: Mapping[str, int], microbatch: int, model_microbatch: int
 ) -> LocalPlan:
-    """Plans a layer; cached by kind, strategy, mesh and micro-batch."""
-    key = (id(kind), strategy, tuple(mesh.items()), microbatch, model_microbatch)
-    found = _CACHE.get(key)
-    if found is None or found.static.kind is not kind:
-        found = _LayerPlanner(prepare_kind(kind), strategy, mesh, microbatch, model_microbatch).plan()
-        if len(_CACHE) > 20000:
-            _CACHE.clear()
-        _CACHE[key] = found
-    return found
+    """Plans a layer; remembered as long as the kind lives, unless many others are planned in between."""
+    static = prepare_kind(kind)
+    axes = strategy.dp, strategy.tp, strategy.sp, strategy.sp_kind
+
+    def context() -> _Context:
+        sizes = static.program.sizes(kind.batch_factor, microbatch, model_microbatch)
+        return _Context(static, strategy, mesh, sizes)
+
+    return static.memo.contexts.get((axes, tuple(mesh.items()), microbatch, model_microbatch), context).plan(
+        strategy.zero, strategy.remat
+    )
 
 
-_CACHE: dict[tuple, LocalPlan] = {}
+@dataclass(frozen=True)
+class _Passes:
+    """The two passes over a layer, which ZeRO stages share that differ in how the optimizer's state is stored alone."""
+
+    forward: PhasePlan
+    backward: PhasePlan
+    residual_bytes: int
+    output_versions: tuple[Version, ...]
+    residuals: tuple[Residual, ...]
+    gradient_versions: tuple[Version, ...]
+    gradient_layouts: tuple[Layout, ...]
+    backward_reads: frozenset[int]
+    held: Mapping[str, Mapping[int, Held]]
 
 
-_AXES: dict[tuple, tuple[StaticKind, AxisPlan]] = {}
-
-
-def _axes(static: StaticKind, strategy: LayerStrategy, mesh: Mapping[str, int], sizes: tuple[int, ...]) -> AxisPlan:
-    """Logical axes, shared by strategies that differ in what they recompute alone."""
-    alike = strategy.model_copy(update={"remat": Remat.NONE})
-    key = (id(static), alike, tuple(mesh.items()), sizes)
-    found = _AXES.get(key)
-    if found is None or found[0] is not static:
-        found = _AXES[key] = static, plan_axes(static, alike, mesh, sizes)
-    return found[1]
-
-
-class _LayerPlanner:
-    """Plans one layer under one strategy."""
+class _Context:
+    """A layer over some logical axes at one micro-batch: what strategies share that differ in ZeRO and remat alone."""
 
     def __init__(
-        self, static: StaticKind, strategy: LayerStrategy, mesh: Mapping[str, int], microbatch: int, traced_at: int
+        self, static: StaticKind, strategy: LayerStrategy, mesh: Mapping[str, int], sizes: tuple[int, ...]
     ) -> None:
-        self.static, self.strategy, self.mesh = static, strategy, mesh
-        self.kind, self.program = static.kind, static.program
-        self.sizes = static.program.sizes(self.kind.batch_factor, microbatch, traced_at)
-        self.axes = _axes(static, strategy, mesh, self.sizes)
+        self.static, self.kind, self.program, self.sizes = static, static.kind, static.program, sizes
+        self.sp_kind = strategy.sp_kind
+        self.axes = plan_axes(static, strategy, mesh, sizes)
+        self.storage = Storage(static, self.axes, sizes)
+        self.setting = Setting(static.program, sizes, self.axes.axes, self.axes.allowed)
+        self.outputs = tuple(self.boundary_layout(port.value) for port in self.kind.outputs)
+        self.output_specs = tuple(
+            self.storage.boundary_spec(p.value, layout)
+            for p, layout in zip(self.kind.outputs, self.outputs, strict=True)
+        )
+        self.gradients = tuple((i, p, p.gradient) for i, p in enumerate(self.kind.inputs) if p.gradient is not None)
+        self._inputs: dict[bool, tuple[Layout, ...]] = {}
+        self._passes: dict[tuple[Remat, int], _Passes] = {}
+        self._plans: dict[tuple[int, Remat], LocalPlan] = {}
 
-    def plan(self) -> LocalPlan:
-        inputs = tuple(self.input_layout(port) for port in self.kind.inputs)
-        outputs = tuple(self.boundary_layout(port.value) for port in self.kind.outputs)
-        forward_set, backward_set, saved = self.split()
-        forward = self.new_pass()
-        self.hold_inputs(forward, inputs)
-        forward.run(op for op in self.program.operations if op.index in forward_set)
-        output_versions = tuple(
-            self.deliver(forward, port.value, layout) for port, layout in zip(self.kind.outputs, outputs, strict=True)
-        )
-        backward, residuals = self.backward_pass(forward, inputs, outputs, saved)
-        backward.run(op for op in self.program.operations if op.index in backward_set)
-        ports = [(i, p, p.gradient) for i, p in enumerate(self.kind.inputs) if p.gradient is not None]
-        versions = tuple(
-            self.deliver(backward, gradient, self.gradient_layout(backward, i, p, gradient, inputs))
-            for i, p, gradient in ports
-        )
-        layouts = tuple(backward.held[v].layouts[n] for v, n in versions)
-        kept = self.used_residuals(forward, backward, residuals, versions)
-        accumulated = {
-            i: layout for (i, p, _), layout in zip(ports, layouts, strict=True) if p.role is PortRole.PARAMETER
+    def plan(self, zero: int, remat: Remat) -> LocalPlan:
+        """The layer's plan at a ZeRO stage with a remat policy."""
+        key = zero, remat
+        if key not in self._plans:
+            self._plans[key] = self._plan(zero, remat)
+        return self._plans[key]
+
+    def _plan(self, zero: int, remat: Remat) -> LocalPlan:
+        passes = self.passes(zero, remat)
+        inputs = self.inputs(sharded=zero == 3)
+        accumulated = {i: layout for (i, _, _), layout in zip(self.gradients, passes.gradient_layouts, strict=True)}
+        stored = {
+            i: self.storage.parameter(i, zero=zero, accumulated=accumulated.get(i)) for i in self.static.parameters
         }
-        return self.assemble(
-            inputs, outputs, forward, backward, output_versions, kept, versions, layouts, accumulated, forward_set,
-            backward_set,
+        plan = LayerPlan(
+            forward=passes.forward,
+            backward=passes.backward,
+            residual_bytes=passes.residual_bytes,
+            parameters=tuple(parameter.plan for parameter in stored.values()),
+            inputs=self.input_specs(inputs),
+            outputs=self.output_specs,
+            notes=self.kind.notes,
+        )
+        return LocalPlan(
+            static=self.static, plan=plan, axes=self.axes, sizes=self.sizes, inputs=inputs, outputs=self.outputs,
+            forward=plan.forward.instructions, backward=plan.backward.instructions,
+            output_versions=passes.output_versions, residuals=passes.residuals,
+            gradient_versions=passes.gradient_versions, gradient_layouts=passes.gradient_layouts,
+            sync={i: parameter.sync for i, parameter in stored.items()},
+            publish={i: parameter.publish for i, parameter in stored.items()},
+            backward_reads=passes.backward_reads, held=passes.held,
         )  # fmt: skip
-
-    def new_pass(self) -> Pass:
-        return Pass(self.program, self.sizes, self.axes.axes, self.axes.allowed)
-
-    def hold_inputs(self, planner: Pass, layouts: Sequence[Layout]) -> None:
-        for port, layout in zip(self.kind.inputs, layouts, strict=True):
-            planner.hold(port.value, layout)
-
-    @staticmethod
-    def deliver(planner: Pass, value: int, target: Layout) -> Version:
-        """Brings an output into the layout that it leaves in, all its dims whole or sharded but not lazy."""
-        return planner.convert(value, target)
 
     # ------------------------------------------------------------------------------------------ boundary
 
-    def input_layout(self, port: InputPort) -> Layout:
+    def inputs(self, *, sharded: bool) -> tuple[Layout, ...]:
+        """Layout per input port, parameters as stored: sharded over ZeRO's axes or not."""
+        if sharded not in self._inputs:
+            self._inputs[sharded] = tuple(self.input_layout(port, sharded) for port in self.kind.inputs)
+        return self._inputs[sharded]
+
+    def input_layout(self, port: InputPort, sharded: bool) -> Layout:
         if port.role is PortRole.PARAMETER:
-            return self.stored_layout(port.value, sharded=self.strategy.zero == 3)
+            return self.storage.layout(port.value, sharded=sharded)
         if port.role in (PortRole.STATE, PortRole.CONSTANT):
-            return (NOWHERE,) * len(self.axes.axes)
+            return self.setting.nowhere
         return self.boundary_layout(port.value)
+
+    def input_specs(self, inputs: Sequence[Layout]) -> tuple[BoundarySpec | None, ...]:
+        return tuple(
+            None if p.role is PortRole.PARAMETER else self.storage.boundary_spec(p.value, layout)
+            for p, layout in zip(self.kind.inputs, inputs, strict=True)
+        )
 
     def boundary_layout(self, value: int) -> Layout:
         """Batch over the data axes; the sequence of large floating activations over the sequence axes."""
-        program, layout = self.program, [NOWHERE] * len(self.axes.axes)
+        program, layout = self.program, list(self.setting.nowhere)
         positions = program.positions[value]
         for index in self.axes.of(Role.DATA):
             self.place(layout, index, value, [p for p, f in enumerate(positions) if f in self.axes.allowed[index]])
         if self.is_large_activation(value):
             sequence = [p for p, f in enumerate(positions) if program.roles[f] is FactorRole.SEQUENCE]
-            megatron = self.strategy.sp_kind is SequenceParallel.MEGATRON
+            megatron = self.sp_kind is SequenceParallel.MEGATRON
             # Minor mesh axes first: sequence dims are split in reverse mesh order.
             for index in reversed(self.axes.of(Role.TENSOR if megatron else Role.SEQUENCE)):
-                if megatron or self.strategy.sp_kind is SequenceParallel.ULYSSES:
+                if megatron or self.sp_kind is SequenceParallel.ULYSSES:
                     self.place(layout, index, value, sequence)
         return tuple(layout)
 
@@ -218,293 +221,133 @@ class _LayerPlanner:
         """Puts an axis on the first position that leaves the dim a plain PartitionSpec: major factors whole first."""
         positions, dims = self.program.positions[value], self.program.dim_of[value]
         for position in candidates:
-            taken = math.prod(a.size for a, at in zip(self.axes.axes, layout, strict=True) if at == position)
+            taken = self.shards_at(layout, position)
             if self.sizes[positions[position]] % (taken * self.axes.axes[index].size):
                 continue
             majors = [p for p in range(position) if dims[p] == dims[position]]
-            if all(self.is_used_up(layout, p, value) for p in majors):
+            if all(self.shards_at(layout, p) == self.sizes[positions[p]] for p in majors):
                 layout[index] = position
                 return
 
-    def is_used_up(self, layout: Sequence[int], position: int, value: int) -> bool:
-        used = math.prod(a.size for a, at in zip(self.axes.axes, layout, strict=True) if at == position)
-        return used == self.sizes[self.program.positions[value][position]]
-
-    def stored_layout(self, value: int, *, sharded: bool) -> Layout:
-        """A parameter as it is stored: tensor axes on its hidden factor, and ZeRO's on the largest other one."""
-        layout = list(parameter_layout(self.static, value, self.axes))
-        positions = self.program.positions[value]
-        if not sharded or math.prod(self.sizes[f] for f in positions) < SMALL_PARAMETER_ELEMENTS:
-            return tuple(layout)
-        for index in self.axes.of(Role.STORAGE):
-            size = self.axes.axes[index].size
-            room = []
-            for position, factor in enumerate(positions):
-                here = [a for a, at in zip(self.axes.axes, layout, strict=True) if at == position]
-                left = self.sizes[factor] // math.prod(a.size for a in here)
-                if left % size == 0:
-                    room.append((any(a.role is Role.STORAGE for a in here), left, -position))
-            if room:
-                layout[index] = -max(room)[2]
-        return tuple(layout)
+    def shards_at(self, layout: Sequence[int], position: int) -> int:
+        """Into how many shards a layout cuts a position."""
+        return math.prod(a.size for a, at in zip(self.axes.axes, layout, strict=True) if at == position)
 
     # ------------------------------------------------------------------------------------------ forward and backward
 
-    def split(self) -> tuple[set[int], set[int], list[int]]:
-        """Operations of the forward and of the backward program, and the values that cross."""
-        gradients = [p.gradient for p in self.kind.inputs if p.gradient is not None]
-        saved_candidates = self.candidates()
-        backward, leaves = self.needed(gradients, stop=saved_candidates)
-        saved = [v for v in sorted(leaves) if v in saved_candidates]
-        forward, _ = self.needed([p.value for p in self.kind.outputs] + saved, stop=set())
-        return forward, backward, saved
+    def passes(self, zero: int, remat: Remat) -> _Passes:
+        """Both passes. ZeRO 0 and 1 keep gradients as they are made, 2 scatters them, 3 gathers parameters as well."""
+        key = remat, max(zero, 1)
+        if key not in self._passes:
+            self._passes[key] = self._both_passes(zero, split(self.static, remat), keep_all=remat is Remat.NONE)
+        return self._passes[key]
 
-    def candidates(self) -> set[int]:
-        """Values that may be kept for the backward program under the remat policy."""
-        operations, gradient = self.program.operations, self.static.gradient_operations
-        if not gradient or self.strategy.remat is Remat.FULL:
-            return set()
-        inputs = {p.value for p in self.kind.inputs} | set(self.program.program.constants)
-        recomputed = {r for op in operations if op.recomputed for r in op.results}
-        dependent = {r for i in gradient for r in operations[i].results}
-        if self.strategy.remat is Remat.DOTS:
-            kept = {
-                r
-                for op in operations
-                if op.index not in gradient and op.primitive in ("dot_general", "conv_general_dilated")
-                for r in op.results
-            }
-        else:
-            kept = {v for i in gradient for v in operations[i].operands} - dependent
-        if self.strategy.remat is Remat.ATTENTION:
-            kept = {v for v in kept if not self.is_quadratic(v)}
-        seeds = {p.cotangent for p in self.kind.outputs}
-        return kept - inputs - self.static.fixed - recomputed - seeds
+    def _both_passes(self, zero: int, parts: Split, *, keep_all: bool) -> _Passes:
+        inputs = self.inputs(sharded=zero == 3)
+        forward = self.new_pass(inputs)
+        forward.run(parts.forward)
+        output_versions = tuple(
+            forward.convert(port.value, layout) for port, layout in zip(self.kind.outputs, self.outputs, strict=True)
+        )
+        backward, kept = self.backward_pass(forward, inputs, parts.saved, keep_all=keep_all)
+        backward.run(parts.backward)
+        versions = tuple(
+            backward.convert(gradient, self.gradient_layout(backward, inputs[i], port, gradient, scatter=zero >= 2))
+            for i, port, gradient in self.gradients
+        )
+        read = set(versions).union(*(tally.read for tally in backward.tallies))
+        residuals = self.used_residuals(forward, kept, read)
+        values_read = {value for value, _ in read}
+        reads = frozenset(i for i, port in enumerate(self.kind.inputs) if port.value in values_read)
+        activations = [self.kind.inputs[i] for i in reads if self.kind.inputs[i].role is PortRole.ACTIVATION]
+        return _Passes(
+            forward=_phase(forward, len(parts.forward)),
+            backward=_phase(backward, len(parts.backward)),
+            residual_bytes=sum(r.bytes for r in residuals)
+            + sum(int(backward.local_bytes(port.value)) for port in activations),
+            output_versions=output_versions,
+            residuals=residuals,
+            gradient_versions=versions,
+            gradient_layouts=tuple(backward.held[v].layouts[n] for v, n in versions),
+            backward_reads=reads,
+            held={"forward": forward.held, "backward": backward.held},
+        )
 
-    def is_quadratic(self, value: int) -> bool:
-        """Whether two of the value's dims are sequences: attention scores and weights."""
-        dims = self.program.dim_of[value]
-        roles = self.program.roles
-        found = {dims[p] for p, f in enumerate(self.program.positions[value]) if roles[f] is FactorRole.SEQUENCE}
-        return len(found) >= 2
-
-    def needed(self, outputs: Iterable[int | None], stop: set[int]) -> tuple[set[int], set[int]]:
-        """Operations that some outputs need, and the values at which the walk stopped."""
-        todo = [v for v in outputs if v is not None]
-        operations: set[int] = set()
-        leaves: set[int] = set()
-        while todo:
-            value = todo.pop()
-            if value in stop or value not in self.static.producer:
-                leaves.add(value)
-                continue
-            index = self.static.producer[value]
-            if index not in operations:
-                operations.add(index)
-                todo += self.program.operations[index].operands
-        return operations, leaves
+    def new_pass(self, inputs: Sequence[Layout]) -> Pass:
+        """A pass that holds the layer's inputs."""
+        planner = Pass.within(self.setting)
+        for port, layout in zip(self.kind.inputs, inputs, strict=True):
+            planner.hold(port.value, layout)
+        return planner
 
     def backward_pass(
-        self, forward: Pass, inputs: Sequence[Layout], outputs: Sequence[Layout], saved: Sequence[int]
+        self, forward: Pass, inputs: Sequence[Layout], saved: Sequence[int], *, keep_all: bool
     ) -> tuple[Pass, dict[int, list[int]]]:
-        """A pass that starts from inputs, kept values and cotangents.
+        """A pass that starts from inputs, kept values and cotangents; and per kept value, the versions at hand.
 
         Without remat, kept values are at hand in every version that forward made, so that backward repeats no
         communication; with remat, in the smallest.
         """
-        backward = self.new_pass()
-        self.hold_inputs(backward, inputs)
+        backward = self.new_pass(inputs)
         versions: dict[int, list[int]] = {}
         for value in saved:
-            held = forward.held[value]
-            usable = [i for i, layout in enumerate(held.layouts) if PENDING not in layout]
+            layouts = forward.held[value].layouts
+            usable = [i for i, layout in enumerate(layouts) if PENDING not in layout]
             if not usable:
-                target = tuple(NOWHERE if p == PENDING else p for p in held.layouts[0])
+                target = tuple(NOWHERE if p == PENDING else p for p in layouts[0])
                 usable = [forward.convert(value, target)[1]]
-            if self.strategy.remat is not Remat.NONE:
+            if not keep_all:
                 usable = [min(usable, key=lambda i: forward.local_bytes(value, i))]
             versions[value] = usable
-            backward.hold(value, held.layouts[usable[0]], lazy=held.lazy, zero=held.zero)
-            backward.held[value].layouts[:] = [held.layouts[i] for i in usable]
-        for port, layout in zip(self.kind.outputs, outputs, strict=True):
+            held = forward.held[value]
+            backward.held[value] = self.setting.state(
+                tuple(held.layouts[i] for i in usable), lazy=held.lazy, zero=held.zero
+            )
+        for port, layout in zip(self.kind.outputs, self.outputs, strict=True):
             if port.cotangent is not None:
                 backward.hold(port.cotangent, layout)
         return backward, versions
 
-    def gradient_layout(
-        self, backward: Pass, index: int, port: InputPort, gradient: int, inputs: Sequence[Layout]
-    ) -> Layout:
-        """Activations' gradients leave as the activation came; parameters' keep sums pending until the step's end."""
+    def gradient_layout(self, backward: Pass, came: Layout, port: InputPort, gradient: int, *, scatter: bool) -> Layout:
+        """Activations' gradients leave as the activation came; parameters' keep sums pending until the step's end.
+
+        To scatter: ZeRO's axes are the data axes seen again, so that what is pending over those is pending over them.
+        The gradient is first relabelled so, as a version of its own, at no cost.
+        """
         if port.role is not PortRole.PARAMETER:
-            return inputs[index]
-        stored = self.stored_layout(port.value, sharded=False)
+            return came
+        stored = self.storage.layout(port.value, sharded=False)
         now = backward.held[gradient].layouts[0]
         pending = tuple(PENDING if n == PENDING else s for n, s in zip(now, stored, strict=True))
-        if self.strategy.zero >= 2:
-            return self.scattered(backward, port, gradient, pending)
-        return pending
+        if not scatter:
+            return pending
+        backward.relabel(gradient, self.storage.mirrored(now))
+        return self.storage.scattered(port.value, pending)
 
-    def scattered(self, backward: Pass, port: InputPort, gradient: int, layout: Layout) -> Layout:
-        """A gradient's layout once its data-parallel sums are spread over ZeRO's axes.
-
-        ZeRO's axes are the data axes seen again: what is pending over those is pending over them. The gradient is
-        first relabelled so, as a version of its own, at no cost.
-        """
-        optimizer = self.stored_layout(port.value, sharded=True)
-        backward.relabel(gradient, self.mirrored(backward.held[gradient].layouts[0]))
-        result = list(self.mirrored(layout))
-        for index in self.axes.of(Role.STORAGE):
-            result[index] = optimizer[index]
-        for index in self.axes.of(Role.TENSOR):
-            result[index] = layout[index]
-        return tuple(result)
-
-    def mirrored(self, layout: Layout) -> Layout:
-        """Pending sums over data axes as pending sums over the storage axes that mirror them."""
-        result = list(layout)
-        for index in self.axes.of(Role.STORAGE):
-            mirror = self.axes.axes[index].mirror
-            if mirror is not None and layout[mirror] == PENDING:
-                result[index], result[mirror] = PENDING, NOWHERE
-        return tuple(result)
-
-    def used_residuals(
-        self, forward: Pass, backward: Pass, versions: Mapping[int, list[int]], delivered: Sequence[Version]
-    ) -> tuple[Residual, ...]:
+    @staticmethod
+    def used_residuals(forward: Pass, versions: Mapping[int, list[int]], read: set[Version]) -> tuple[Residual, ...]:
         """The versions of kept values that the backward program reads."""
-        read: set[Version] = set(delivered)
-        for instruction in backward.instructions:
-            if isinstance(instruction, Convert):
-                read.add((instruction.value, instruction.source))
-            else:
-                read.update(instruction.operands)
         kept = []
         for value, numbers in versions.items():
             held = forward.held[value]
             for position, number in enumerate(numbers):
                 if (value, position) in read:
                     layout = held.layouts[number]
-                    shape = forward.local_shape(value, layout, held.lazy)
-                    kept.append(
-                        Residual(
-                            value, number, position, layout, held.lazy, shape, int(forward.local_bytes(value, number))
-                        )
-                    )
+                    shape = forward.setting.local_shape(value, layout, held.lazy)
+                    size = int(forward.local_bytes(value, number))
+                    kept.append(Residual(value, number, position, layout, held.lazy, shape, size))
         return tuple(kept)
 
-    # ------------------------------------------------------------------------------------------ result
 
-    def assemble(
-        self, inputs, outputs, forward, backward, output_versions, kept, versions, layouts, accumulated, forward_set,
-        backward_set,
-    ) -> LocalPlan:  # fmt: skip
-        sync, publish, parameters = {}, {}, []
-        for index in self.static.parameters:
-            port = self.kind.inputs[index]
-            entry, steps_sync, steps_publish = self.parameter(index, port, inputs[index], accumulated.get(index))
-            parameters.append(entry)
-            sync[index], publish[index] = steps_sync, steps_publish
-        delivered = {v for v, _ in versions}
-        read = frozenset(
-            i for i, p in enumerate(self.kind.inputs) if p.value in delivered or self.reads(backward, p.value)
-        )
-        needed_inputs = [p for i, p in enumerate(self.kind.inputs) if p.role is PortRole.ACTIVATION and i in read]
-        residual_bytes = sum(r.bytes for r in kept) + sum(int(backward.local_bytes(p.value)) for p in needed_inputs)
-        plan = LayerPlan(
-            forward=phase(forward, forward_set, self.program),
-            backward=phase(backward, backward_set, self.program),
-            residual_bytes=residual_bytes,
-            parameters=tuple(parameters),
-            inputs=tuple(
-                None if p.role is PortRole.PARAMETER else self.spec(p.value, layout)
-                for p, layout in zip(self.kind.inputs, inputs, strict=True)
-            ),
-            outputs=tuple(self.spec(p.value, layout) for p, layout in zip(self.kind.outputs, outputs, strict=True)),
-            notes=self.kind.notes,
-        )
-        return LocalPlan(
-            static=self.static, plan=plan, axes=self.axes, sizes=self.sizes, inputs=inputs, outputs=outputs,
-            forward=tuple(forward.instructions), backward=tuple(backward.instructions),
-            output_versions=output_versions, residuals=kept, gradient_versions=versions, gradient_layouts=layouts,
-            sync=sync, publish=publish, backward_reads=read,
-            versions={
-                name: {v: tuple(h.layouts) for v, h in done.held.items()}
-                for name, done in (("forward", forward), ("backward", backward))
-            },
-        )  # fmt: skip
-
-    @staticmethod
-    def reads(planner: Pass, value: int) -> bool:
-        return any(
-            i.value == value if isinstance(i, Convert) else any(v == value for v, _ in i.operands)
-            for i in planner.instructions
-        )
-
-    def spec(self, value: int, layout: Layout) -> BoundarySpec:
-        return boundary_spec(self.program, self.axes.axes, value, layout, self.sizes)
-
-    def whole_frame(self, value: int) -> Frame:
-        return Frame(tuple(self.sizes[f] for f in self.program.positions[value]), self.program.ascending[value])
-
-    def parameter(
-        self, index: int, port: InputPort, stored: Layout, accumulated: Layout | None
-    ) -> tuple[ParameterPlan, tuple[Step, ...], tuple[Step, ...]]:
-        """How a parameter is stored, accumulated, synchronised and published."""
-        value, axes = port.value, self.axes.axes
-        optimizer = self.stored_layout(value, sharded=self.strategy.zero >= 1)
-        frame = self.whole_frame(value)
-        held = accumulated if accumulated is not None else self.stored_layout(value, sharded=False)
-        steps = self.sync_steps(frame, held, optimizer)
-        publish = tuple(convert(axes, frame, optimizer, stored))
-        size = itemsize(self.program.program.values[value].dtype)
-        dtype = self.program.program.values[value].dtype
-        entry = ParameterPlan(
-            port=index,
-            name=port.name,
-            storage=self.factor_spec(value, stored),
-            optimizer=self.factor_spec(value, optimizer),
-            storage_bytes=self.layout_bytes(frame, stored, size),
-            optimizer_bytes=self.layout_bytes(frame, optimizer, size),
-            accumulator_bytes=self.layout_bytes(frame, held, size),
-            sync=tuple(collective(s, size, dtype) for s in steps if s.kind is not StepKind.SLICE),
-            publish=tuple(collective(s, size, dtype) for s in publish if s.kind is not StepKind.SLICE),
-        )
-        return entry, steps, publish
-
-    def sync_steps(self, frame: Frame, held: Layout, optimizer: Layout) -> tuple[Step, ...]:
-        """From the accumulated gradient to the optimizer's layout; ZeRO's axes take over the data axes' sums."""
-        source = self.mirrored(held) if self.strategy.zero == 1 else held
-        return tuple(convert(self.axes.axes, frame, source, optimizer))
-
-    def layout_bytes(self, frame: Frame, layout: Layout, size: int) -> int:
-        total = math.prod(frame.sizes) * size
-        for axis, place in zip(self.axes.axes, layout, strict=True):
-            if place >= 0:
-                total //= axis.size
-        return total
-
-    def factor_spec(self, value: int, layout: Layout) -> tuple[tuple[tuple[str, ...], ...], ...]:
-        """Per dim and factor, the mesh axes on it."""
-        frame = self.whole_frame(value)
-        dims: list[list[tuple[str, ...]]] = [[] for _ in range(self.program.rank[value])]
-        for position, dim in enumerate(self.program.dim_of[value]):
-            dims[dim].append(axes_at(self.axes.axes, frame, layout, position))
-        return tuple(tuple(d) for d in dims)
-
-
-def axes_at(axes: Sequence[Axis], frame: Frame, layout: Layout, position: int) -> tuple[str, ...]:
-    """Mesh axes at a position, major to minor."""
-    found = [i for i, at in enumerate(layout) if at == position]
-    found.sort(key=lambda i: order_at(axes, frame, position, i))
-    return tuple(n for i in found for n in names_at(axes, frame, position, i))
-
-
-def boundary_spec(
-    program: StaticProgram, axes: Sequence[Axis], value: int, layout: Layout, sizes: Sequence[int]
-) -> BoundarySpec:
-    """Mesh axes per dim."""
-    frame = Frame(tuple(sizes[f] for f in program.positions[value]), program.ascending[value])
-    dims: list[tuple[str, ...]] = [()] * program.rank[value]
-    for position, dim in enumerate(program.dim_of[value]):
-        dims[dim] += axes_at(axes, frame, layout, position)
-    return tuple(dims)
+def _phase(planner: Pass, operations: int) -> PhasePlan:
+    """Counts of a planned pass."""
+    tallies = planner.tallies
+    moved, peak = traffic(tallies)
+    return PhasePlan(
+        instructions=planner.instructions,
+        collectives=all_collectives(tallies),
+        flops=planner.flops,
+        bytes=moved,
+        peak_bytes=int(peak),
+        operations=operations,
+    )

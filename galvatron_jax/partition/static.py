@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import functools
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from galvatron_jax.partition.recent import Recent
 from galvatron_jax.spec.model import LayerKind, PortRole
-from galvatron_jax.spec.program import FactorKind, FactorRole, Linearity, Place, Program
+from galvatron_jax.spec.program import FactorKind, FactorRole, Linearity, Operation, Place, Program
+from galvatron_jax.spec.strategy import Remat
 
+MAX_CONTEXTS = 256
+"""Pairs of logical axes and micro-batch that are remembered for a kind."""
 LOCAL_ITEMSIZE = {"bool": 1, "bfloat16": 2, "float0": 0}
 
 
@@ -56,6 +60,10 @@ class StaticOp:
     loop: tuple[int, int, int] | None = None
     """For a scan: constants, carried values, trip count."""
     body: StaticProgram | None = None
+    asks: frozenset[int] = frozenset()
+    """Factors of which it matters whether they may be sharded."""
+    scatter_rows: tuple[StaticFactor, ...] = ()
+    """For a scatter-add, the factors of the rows into which it adds."""
 
 
 _FREE = frozenset({"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "iota", "copy", "stop_gradient"})
@@ -122,6 +130,7 @@ def prepare(program: Program) -> StaticProgram:
                 index, op.primitive, tuple(op.operands), tuple(op.results), factors, op.linearity, op.combine,
                 op.elementwise, op.flops_per_point, op.known, op.barrier, op.primitive in _FREE, op.loop,
                 prepare(op.bodies[0]) if op.loop is not None else None,
+                _asks(op, factors, positions, len(roles)), _scatter_rows(op.primitive, factors),
             )
         )  # fmt: skip
     return StaticProgram(
@@ -137,7 +146,33 @@ def prepare(program: Program) -> StaticProgram:
     )
 
 
-@dataclass(frozen=True)
+def _asks(
+    op: Operation, factors: Sequence[StaticFactor], positions: Sequence[tuple[int, ...]], every: int
+) -> frozenset[int]:
+    if op.loop is not None:
+        return frozenset(range(every))
+    return frozenset(f.factor for f in factors).union(*(positions[value] for value in op.results[:1]))
+
+
+def _scatter_rows(primitive: str, factors: Sequence[StaticFactor]) -> tuple[StaticFactor, ...]:
+    if primitive not in ("scatter-add", "scatter_add"):
+        return ()
+    return tuple(f for f in factors if f.kind is FactorKind.SCATTER_INDEX)
+
+
+@dataclass(frozen=True, eq=False)
+class Memo:
+    """What was planned for a kind; it goes when the kind goes."""
+
+    tensor_plans: Recent = field(default_factory=lambda: Recent(64))
+    """Hidden factors by tensor axes."""
+    splits: Recent = field(default_factory=lambda: Recent(len(Remat)))
+    """Forward and backward programs by remat policy."""
+    contexts: Recent = field(default_factory=lambda: Recent(MAX_CONTEXTS))
+    """What strategies with the same logical axes share, by axes and micro-batch."""
+
+
+@dataclass(frozen=True, eq=False)
 class StaticKind:
     """A layer kind prepared for planning."""
 
@@ -145,17 +180,19 @@ class StaticKind:
     program: StaticProgram
     parameters: tuple[int, ...]
     """Input ports that are parameters."""
+    parameter_values: frozenset[int]
+    """Their values."""
     gradient_operations: frozenset[int]
     """Operations that depend on a cotangent."""
     fixed: frozenset[int]
     """Values that depend on parameters and constants alone: never worth keeping."""
     producer: dict[int, int]
     """Operation that makes each value."""
+    memo: Memo = field(default_factory=Memo, repr=False)
+    """What was planned before."""
 
 
-@functools.lru_cache(maxsize=256)
-def _prepare_kind(key: _ById) -> StaticKind:
-    kind = key.kind
+def _prepare_kind(kind: LayerKind) -> StaticKind:
     program = prepare(kind.program)
     seeds = {p.cotangent for p in kind.outputs if p.cotangent is not None}
     varying = {p.value for p in kind.inputs if p.role is not PortRole.PARAMETER} | seeds
@@ -171,29 +208,27 @@ def _prepare_kind(key: _ById) -> StaticKind:
             varying.update(op.results)
         else:
             fixed.update(op.results)
+    parameters = tuple(i for i, p in enumerate(kind.inputs) if p.role is PortRole.PARAMETER)
     return StaticKind(
         kind=kind,
         program=program,
-        parameters=tuple(i for i, p in enumerate(kind.inputs) if p.role is PortRole.PARAMETER),
+        parameters=parameters,
+        parameter_values=frozenset(kind.inputs[i].value for i in parameters),
         gradient_operations=frozenset(gradient),
         fixed=frozenset(fixed),
         producer=producer,
     )
 
 
-class _ById:
-    """A kind as a cache key: by identity, since hashing a whole document is slow."""
-
-    def __init__(self, kind: LayerKind) -> None:
-        self.kind = kind
-
-    def __hash__(self) -> int:
-        return id(self.kind)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ById) and other.kind is self.kind
+_PREPARED: dict[int, StaticKind] = {}
+"""By the identity of living kinds, since hashing a whole document is slow."""
 
 
 def prepare_kind(kind: LayerKind) -> StaticKind:
     """Prepares a kind once; later calls with the same object are free."""
-    return _prepare_kind(_ById(kind))
+    found = _PREPARED.get(id(kind))
+    if found is None:
+        # A copy, which shares all parts: holding the kind itself would keep it alive for ever.
+        found = _PREPARED[id(kind)] = _prepare_kind(kind.model_copy())
+        weakref.finalize(kind, _PREPARED.pop, id(kind), None)
+    return found

@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from galvatron_jax.partition.choice import KEEP_TENSOR_SHARDS
 from galvatron_jax.partition.layout import NOWHERE, Axis, Layout, Role, Step, StepKind
-from galvatron_jax.partition.planner import KEEP_TENSOR_SHARDS, Pass, steps_of
+from galvatron_jax.partition.planner import Pass, steps_of
+from galvatron_jax.partition.setting import Setting
 from galvatron_jax.partition.static import StaticKind
 from galvatron_jax.spec.program import FactorRole
 from galvatron_jax.spec.strategy import LayerStrategy, SequenceParallel
@@ -54,10 +56,10 @@ def plan_axes(static: StaticKind, strategy: LayerStrategy, mesh: Mapping[str, in
     add(Role.SEQUENCE, ulysses, sequence | hidden)
     for names, factors in tensor:
         add(Role.TENSOR, names, factors | seq_tensor)
-    if strategy.zero:
-        for index, axis in [(i, a) for i, a in enumerate(axes) if a.role in (Role.DATA, Role.SEQUENCE)]:
-            axes.append(Axis(Role.STORAGE, axis.names, axis.size, axis.rank, mirror=index))
-            allowed.append(frozenset())
+    # There at every ZeRO stage, so that all stages share passes: where nothing is stored over them they change nothing.
+    for index, axis in [(i, a) for i, a in enumerate(axes) if a.role in (Role.DATA, Role.SEQUENCE)]:
+        axes.append(Axis(Role.STORAGE, axis.names, axis.size, axis.rank, mirror=index))
+        allowed.append(frozenset())
     return AxisPlan(tuple(axes), tuple(allowed))
 
 
@@ -94,14 +96,8 @@ def tensor_factors(static: StaticKind, names: Sequence[str], mesh: Mapping[str, 
     another. Per cluster every factor alone and every ordered pair (key-value heads first, the rest on query groups,
     where there are fewer key-value heads than tensor shards) is planned, and the cheapest taken.
     """
-    key = (id(static), tuple(names), tuple(mesh.items()))
-    found = _TENSOR_PLANS.get(key)
-    if found is None or found[0] is not static:
-        found = _TENSOR_PLANS[key] = static, _tensor_factors(static, names, mesh)
-    return found[1]
-
-
-_TENSOR_PLANS: dict[tuple, tuple[StaticKind, TensorPlan]] = {}
+    key = tuple(names), tuple(mesh.items())
+    return static.memo.tensor_plans.get(key, lambda: _tensor_factors(static, names, mesh))
 
 
 def _tensor_factors(static: StaticKind, names: Sequence[str], mesh: Mapping[str, int]) -> TensorPlan:
@@ -110,12 +106,15 @@ def _tensor_factors(static: StaticKind, names: Sequence[str], mesh: Mapping[str,
     sizes = [f.size for f in static.program.program.factors]
     clusters = _clusters(static, math.prod(mesh[n] for n in names), sizes)
     assignment: dict[str, set[int]] = {n: set() for n in names}
+    settings: dict[tuple[Axis, ...], Setting] = {}
     for cluster in clusters:
         options = _options(static, cluster, list(names), mesh, sizes)
         if len(options) > 1:
-            priced = [(*_option_cost(static, assignment, option, mesh, sizes), i) for i, option in enumerate(options)]
+            priced = [
+                (*_option_cost(static, assignment, option, mesh, settings), i) for i, option in enumerate(options)
+            ]
             least = min(flops for flops, _, _ in priced)
-            whole, _ = _option_cost(static, assignment, {}, mesh, sizes)
+            whole, _ = _option_cost(static, assignment, {}, mesh, settings)
             enough = least + REPEATED_WORK * (whole - least)
             _, best_index = min((sent, i) for flops, sent, i in priced if flops <= enough)
             best = options[best_index]
@@ -204,20 +203,26 @@ def _option_cost(
     assignment: Mapping[str, set[int]],
     option: Mapping[str, set[int]],
     mesh: Mapping[str, int],
-    sizes: Sequence[int],
+    settings: dict[tuple[Axis, ...], Setting],
 ) -> tuple[float, float]:
-    """Local FLOPs, and bytes sent, of the layer under tensor axes alone."""
+    """Local FLOPs, and bytes sent, of the layer under tensor axes alone.
+
+    Options differ in few factors: over the same axes they share what they plan alike, by `settings`.
+    """
     together: dict[frozenset[int], list[str]] = {}
     for name, factors in assignment.items():
         together.setdefault(frozenset(factors | option.get(name, set())), []).append(name)
-    axes = [_axis(Role.TENSOR, names, mesh) for names in together.values()]
-    allowed = list(together)
-    planner = Pass(static.program, sizes, tuple(axes), tuple(allowed), pricing=True)
+    axes = tuple(_axis(Role.TENSOR, names, mesh) for names in together.values())
+    plan = AxisPlan(axes, tuple(together))
+    if axes not in settings:
+        sizes = [f.size for f in static.program.program.factors]
+        settings[axes] = Setting(static.program, sizes, axes, plan.allowed, pricing=True)
+    planner = Pass.within(settings[axes].allowing(plan.allowed))
     for port in static.kind.inputs:
-        planner.hold(port.value, parameter_layout(static, port.value, AxisPlan(planner.axes, planner.allowed)))
+        planner.hold(port.value, parameter_layout(static, port.value, plan))
     for port in static.kind.outputs:
         if port.cotangent is not None:
-            planner.hold(port.cotangent, planner.nowhere)
+            planner.hold(port.cotangent, planner.setting.nowhere)
     planner.run(static.program.operations)
     sent = sum(
         step_bytes(step, static.program.itemsize[value])
@@ -240,8 +245,7 @@ def step_bytes(step: Step, itemsize: int) -> float:
 def parameter_layout(static: StaticKind, value: int, plan: AxisPlan) -> Layout:
     """Where the tensor axes sit in a parameter (nowhere in anything else than a parameter)."""
     layout = [NOWHERE] * len(plan.axes)
-    ports = {static.kind.inputs[p].value for p in static.parameters}
-    if value not in ports:
+    if value not in static.parameter_values:
         return tuple(layout)
     positions = static.program.positions[value]
     for index in plan.of(Role.TENSOR):

@@ -1,0 +1,281 @@
+"""Planning one operation: a factor per axis, conversions of its operands, layouts of its results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from galvatron_jax.partition.choice import Choice, is_indexed, makes_summands
+from galvatron_jax.partition.counts import Tally, combined
+from galvatron_jax.partition.instructions import Apply, Decision, IndexShift, Instruction, Version
+from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, names_at
+from galvatron_jax.partition.setting import Held, Outcome, Setting
+from galvatron_jax.partition.static import StaticFactor, StaticOp
+
+_RESHAPES = frozenset({"reshape", "squeeze", "expand_dims", "transpose"})
+
+
+def plan_operation(
+    setting: Setting, op: StaticOp, states: tuple[Held, ...], rows: Mapping[int, Sequence[StaticFactor]]
+) -> Outcome:
+    """Plans an operation that is no loop.
+
+    Args:
+        setting: the program and its axes.
+        op: the operation.
+        states: of its operands.
+        rows: per axis, the factors of the rows that a scatter into zeros makes, where it shards them elsewhere.
+    """
+    draft = Draft(setting, op, states)
+    if op.primitive == "broadcast_in_dim" and draft.broadcast():
+        return draft.outcome()
+    if op.primitive in _RESHAPES and draft.lazy_reshape():
+        return draft.outcome()
+    if not rows and all(state.layouts[0] == setting.nowhere for state in states):
+        draft.repeat()
+    else:
+        draft.apply(rows)
+    return draft.outcome()
+
+
+class Draft:
+    """An operation's outcome in the making."""
+
+    def __init__(self, setting: Setting, op: StaticOp, states: tuple[Held, ...]) -> None:
+        self.setting, self.program, self.op, self.states = setting, setting.program, op, states
+        self.held: dict[int, Held] = dict(zip(op.operands, states, strict=True))
+        self.changed: dict[int, Held] = {}
+        self.instructions: list[Instruction] = []
+        self.tallies: list[Tally] = []
+        self.decisions: list[Decision] = []
+        self.flops = 0.0
+
+    def outcome(self) -> Outcome:
+        """What has changed, and what was recorded."""
+        return Outcome(
+            tuple(self.changed.items()),
+            tuple(self.instructions),
+            tuple(self.tallies),
+            tuple(self.decisions),
+            self.flops,
+        )
+
+    def convert(self, value: int, target: Layout) -> Version:
+        """A version of an operand in a layout."""
+        outcome, version = self.setting.convert(value, self.held[value], target)
+        self.held.update(outcome.held)
+        self.changed.update(outcome.held)
+        self.instructions += outcome.instructions
+        self.tallies += outcome.tallies
+        return value, version
+
+    def hold(
+        self, value: int, layout: Layout, *, lazy: frozenset[int] = frozenset(), zero: bool = False
+    ) -> tuple[int, int]:
+        """A result in the layout in which it is made."""
+        self.held[value] = self.changed[value] = self.setting.state((layout,), lazy=lazy, zero=zero)
+        return value, 0
+
+    def bytes_of(self, version: Version) -> float:
+        """Local bytes of a version."""
+        return self.setting.local_bytes(version[0], self.held[version[0]], version[1])
+
+    # ------------------------------------------------------------------------------------------ factors
+
+    def apply(self, rows: Mapping[int, Sequence[StaticFactor]]) -> None:
+        """Chooses a factor per axis, converts the operands and records the results."""
+        op, states = self.op, self.states
+        choice = Choice(self.setting, op, states)
+        chosen: dict[int, StaticFactor] = {}
+        kept: set[int] = set()
+        for axis, places in enumerate(zip(*(state.layouts[0] for state in states), strict=True)):
+            if places.count(NOWHERE) == len(places):
+                for factor in rows.get(axis, ()):
+                    if choice.fits(factor, axis, chosen):
+                        chosen[axis] = factor
+                continue
+            if PENDING in places and choice.keeps_pending(axis):
+                kept.add(axis)
+                continue
+            factor, cost = choice.cheapest(axis, chosen)
+            if factor is not None:
+                chosen[axis] = factor
+            if cost > 0:
+                number = None if factor is None else factor.factor
+                self.decisions.append(Decision(op.index, op.primitive, axis, number, cost))
+        wanted = [self._operand_layout(n, chosen, kept) for n in range(len(states))]
+        operands = tuple(self.convert(v, layout) for v, layout in zip(op.operands, wanted, strict=True))
+        self._emit(operands, wanted, chosen, kept)
+
+    def _operand_layout(self, operand: int, chosen: Mapping[int, StaticFactor], kept: set[int]) -> Layout:
+        layout = list(self.setting.nowhere)
+        for axis, factor in chosen.items():
+            layout[axis] = factor.operands[operand]
+        for axis in kept:
+            if self.states[operand].layouts[0][axis] == PENDING:
+                layout[axis] = PENDING
+        return tuple(layout)
+
+    def _emit(
+        self,
+        operands: tuple[Version, ...],
+        wanted: Sequence[Layout],
+        chosen: Mapping[int, StaticFactor],
+        kept: set[int],
+    ) -> None:
+        reduced = [a for a, f in chosen.items() if makes_summands(f)]
+        at_once = self.op.combine != "sum" and bool(reduced)
+        pending = kept if at_once else (*kept, *reduced)
+        layouts = [self._result_layout(n, chosen, pending) for n in range(len(self.op.results))]
+        names = tuple(n for a in sorted(reduced) for n in self.setting.axes[a].names) if at_once else ()
+        self._record(operands, wanted, layouts, chosen, names)
+
+    def repeat(self) -> None:
+        """An operation on whole operands, done by every device."""
+        nowhere, op = self.setting.nowhere, self.op
+        operands = tuple((v, 0) for v in op.operands)
+        self._record(operands, (nowhere,) * len(operands), (nowhere,) * len(op.results), {}, ())
+
+    def _result_layout(self, result: int, chosen: Mapping[int, StaticFactor], pending: Iterable[int]) -> Layout:
+        layout = list(self.setting.nowhere)
+        for axis, factor in chosen.items():
+            layout[axis] = factor.results[result]
+        for axis in pending:
+            layout[axis] = PENDING
+        return tuple(layout)
+
+    # ------------------------------------------------------------------------------------------ results
+
+    def _record(
+        self,
+        operands: tuple[Version, ...],
+        wanted: Sequence[Layout],
+        layouts: Sequence[Layout],
+        chosen: Mapping[int, StaticFactor],
+        names: tuple[str, ...],
+    ) -> None:
+        setting, op = self.setting, self.op
+        lazy = self._lazy_result() if op.elementwise else frozenset()
+        made = list(zip(op.results, layouts, strict=True))
+        results = tuple([self.hold(value, layout, lazy=lazy) for value, layout in made])
+        if not setting.pricing:
+            spread = [self._materialise(v, layout) for (v, _), layout in zip(operands, wanted, strict=True)]
+            shapes = [setting.local_shape(value, layout, lazy) for value, layout in made]
+            self._append(
+                Apply(
+                    op.index, operands, results, tuple(spread), tuple(shapes),
+                    shifts=self._shifts(chosen),
+                    combine=(names, op.combine) if names else None,
+                )
+            )  # fmt: skip
+        if op.flops:
+            self.flops = setting.points(op)
+            for axis in chosen:
+                self.flops /= setting.axis_sizes[axis]
+
+    def _append(self, applied: Apply) -> None:
+        """Records an application with what it counts for."""
+        self.instructions.append(applied)
+        if self.setting.pricing:
+            return
+        op = self.op
+        fused = op.elementwise or op.free
+        found = ()
+        if applied.combine is not None:
+            value, (names, how) = op.results[0], applied.combine
+            dtype = self.program.program.values[value].dtype
+            found = (combined(self.setting.axes, names, how, applied.shapes[0], self.program.itemsize[value], dtype),)
+        made = tuple((version, self.bytes_of(version)) for version in applied.results)
+        moved = 0.0 if fused else sum(map(self.bytes_of, applied.operands))
+        self.tallies.append(Tally(applied.operands, made, fused, moved, collectives=found))
+
+    def _lazy_result(self) -> frozenset[int]:
+        """Dims along which every operand is of size 1 still."""
+        program, result = self.program, self.op.results[0]
+        rank = program.rank[result]
+        dims = frozenset(program.dim_of[result])
+        for value, state in zip(self.op.operands, self.states, strict=True):
+            if program.rank[value] == rank:
+                dims -= frozenset(program.dim_of[value]) - state.lazy
+        return dims
+
+    def _materialise(self, value: int, wanted: Layout) -> tuple[int, ...] | None:
+        """Local shape to which a lazily broadcast operand is spread: every shard of a repeated dim is the same."""
+        if not self.held[value].lazy or self.op.elementwise:
+            return None
+        return self.setting.local_shape(value, wanted, frozenset())
+
+    def _shifts(self, chosen: Mapping[int, StaticFactor]) -> tuple[IndexShift, ...]:
+        """Per indexed dim that is sharded, how its indices become local."""
+        by_dim: dict[int, list[int]] = {}
+        for axis, factor in chosen.items():
+            if is_indexed(factor):
+                by_dim.setdefault(self.program.dim_of[self.op.operands[0]][factor.operands[0]], []).append(axis)
+        return tuple(self._shift(dim, group, chosen[group[0]].operands[0]) for dim, group in by_dim.items())
+
+    def _shift(self, dim: int, group: list[int], position: int) -> IndexShift:
+        value, axes = self.op.operands[0], self.setting.axes
+        frame = self.setting.frame(value, self.held[value].lazy)
+        group.sort(key=lambda a: axes[a].rank if frame.ascending[position] else -axes[a].rank)
+        names = tuple(n for a in group for n in names_at(axes, frame, position, a))
+        size = 1
+        for at, factor in zip(self.program.dim_of[value], self.program.positions[value], strict=True):
+            if at == dim:
+                size *= self.setting.sizes[factor]
+        return IndexShift(names, dim, size)
+
+    # ------------------------------------------------------------------------------------------ lazy broadcasts
+
+    def broadcast(self) -> bool:
+        """A broadcast only notes which dims are still of size 1."""
+        program, source, result = self.program, self.op.operands[0], self.op.results[0]
+        state = self.states[0]
+        place = self._map_positions()
+        if place is None:
+            return False
+        # New dims of size 1 do not make a summand larger: it stays one.
+        adds_nothing = len(place) == len(program.positions[result]) and not program.has_batch[result]
+        layout, version = (state.layouts[0], 0) if adds_nothing else self._settled(source)
+        dims_in, dims_out = program.dim_of[source], program.dim_of[result]
+        kept = {dims_out[q] for q in place.values()}
+        lazy_kept = {dims_out[q] for p, q in place.items() if dims_in[p] in state.lazy}
+        lazy = frozenset((set(dims_out) - kept) | lazy_kept)
+        self._relabel((source, version), tuple(place[p] if p >= 0 else p for p in layout), lazy)
+        return True
+
+    def _settled(self, value: int) -> tuple[Layout, int]:
+        """The value's first layout with pending sums resolved."""
+        layout = self.held[value].layouts[0]
+        if PENDING not in layout:
+            return layout, 0
+        target = tuple(NOWHERE if p == PENDING else p for p in layout)
+        return target, self.convert(value, target)[1]
+
+    def _map_positions(self) -> dict[int, int] | None:
+        """From every position of the operand to its position in the result; None where some have none."""
+        place = {f.operands[0]: f.results[0] for f in self.op.factors}
+        if set(place) != set(range(len(self.program.positions[self.op.operands[0]]))):
+            return None
+        return place
+
+    def lazy_reshape(self) -> bool:
+        """Lazily broadcast dims pass a reshape or transpose that keeps them whole."""
+        source, result, state = self.op.operands[0], self.op.results[0], self.states[0]
+        if not state.lazy:
+            return False
+        place = self._map_positions()
+        if place is None:
+            return False
+        dims_in, dims_out = self.program.dim_of[source], self.program.dim_of[result]
+        lazy_out = {dims_out[place[p]] for p in place if dims_in[p] in state.lazy}
+        if any(dims_out[place[p]] in lazy_out and dims_in[p] not in state.lazy for p in place):
+            return False
+        target = tuple(place[p] if p >= 0 else p for p in state.layouts[0])
+        self._relabel((source, 0), target, frozenset(lazy_out))
+        return True
+
+    def _relabel(self, operand: Version, layout: Layout, lazy: frozenset[int]) -> None:
+        """The result is the operand seen in another layout; zeros stay zeros."""
+        result = self.op.results[0]
+        version = self.hold(result, layout, lazy=lazy, zero=self.states[0].zero)
+        shape = self.setting.local_shape(result, layout, lazy)
+        self._append(Apply(self.op.index, (operand,), (version,), (None,), (shape,)))

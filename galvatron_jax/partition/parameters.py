@@ -1,0 +1,152 @@
+"""How a layer's parameters are stored, accumulated, synchronised and published under one choice of logical axes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from galvatron_jax.partition.counts import collectives
+from galvatron_jax.partition.layer_plan import BoundarySpec, ParameterPlan
+from galvatron_jax.partition.layout import (
+    NOWHERE,
+    PENDING,
+    Axis,
+    Frame,
+    Layout,
+    Role,
+    Step,
+    convert,
+    names_at,
+    order_at,
+)
+from galvatron_jax.partition.static import StaticKind
+from galvatron_jax.partition.strategy_axes import SMALL_PARAMETER_ELEMENTS, AxisPlan, parameter_layout
+
+
+@dataclass(frozen=True)
+class StoredParameter:
+    """A parameter with the steps that its gradient and its update take."""
+
+    plan: ParameterPlan
+    sync: tuple[Step, ...]
+    """From the accumulated gradient to the optimizer's layout."""
+    publish: tuple[Step, ...]
+    """From the optimizer's layout back to storage, after the update."""
+
+
+class Storage:
+    """A layer's parameters over some logical axes."""
+
+    def __init__(self, static: StaticKind, axes: AxisPlan, sizes: tuple[int, ...]) -> None:
+        self.static, self.program, self.axes, self.sizes = static, static.program, axes, sizes
+        self._layouts: dict[tuple[int, bool], Layout] = {}
+        self._parameters: dict[tuple[int, int, Layout | None], StoredParameter] = {}
+
+    def layout(self, value: int, *, sharded: bool) -> Layout:
+        """A parameter as it is stored: tensor axes on its hidden factor, and ZeRO's on the largest other one."""
+        key = value, sharded
+        if key not in self._layouts:
+            whole = parameter_layout(self.static, value, self.axes)
+            self._layouts[key] = self._sharded(value, whole) if sharded else whole
+        return self._layouts[key]
+
+    def _sharded(self, value: int, whole: Layout) -> Layout:
+        positions, layout = self.program.positions[value], list(whole)
+        if math.prod(self.sizes[f] for f in positions) < SMALL_PARAMETER_ELEMENTS:
+            return whole
+        for index in self.axes.of(Role.STORAGE):
+            size = self.axes.axes[index].size
+            room = []
+            for position, factor in enumerate(positions):
+                here = [a for a, at in zip(self.axes.axes, layout, strict=True) if at == position]
+                left = self.sizes[factor] // math.prod(a.size for a in here)
+                if left % size == 0:
+                    room.append((any(a.role is Role.STORAGE for a in here), left, -position))
+            if room:
+                layout[index] = -max(room)[2]
+        return tuple(layout)
+
+    def scattered(self, value: int, layout: Layout) -> Layout:
+        """A gradient's layout once its data-parallel sums are spread over ZeRO's axes."""
+        optimizer = self.layout(value, sharded=True)
+        result = list(self.mirrored(layout))
+        for index in self.axes.of(Role.STORAGE):
+            result[index] = optimizer[index]
+        for index in self.axes.of(Role.TENSOR):
+            result[index] = layout[index]
+        return tuple(result)
+
+    def mirrored(self, layout: Layout) -> Layout:
+        """Pending sums over data axes as pending sums over the storage axes that mirror them."""
+        result = list(layout)
+        for index in self.axes.of(Role.STORAGE):
+            mirror = self.axes.axes[index].mirror
+            if mirror is not None and layout[mirror] == PENDING:
+                result[index], result[mirror] = PENDING, NOWHERE
+        return tuple(result)
+
+    def parameter(self, port: int, *, zero: int, accumulated: Layout | None) -> StoredParameter:
+        """A parameter's way through a step.
+
+        Args:
+            port: its input port.
+            zero: ZeRO stage.
+            accumulated: its gradient's layout; None where it has no gradient.
+        """
+        key = port, zero, accumulated
+        if key not in self._parameters:
+            self._parameters[key] = self._parameter(port, zero, accumulated)
+        return self._parameters[key]
+
+    def _parameter(self, index: int, zero: int, accumulated: Layout | None) -> StoredParameter:
+        port, axes = self.static.kind.inputs[index], self.axes.axes
+        value = port.value
+        stored, optimizer = self.layout(value, sharded=zero == 3), self.layout(value, sharded=zero >= 1)
+        frame = Frame(tuple(self.sizes[f] for f in self.program.positions[value]), self.program.ascending[value])
+        held = accumulated if accumulated is not None else self.layout(value, sharded=False)
+        # ZeRO's axes take over the data axes' sums.
+        sync = tuple(convert(axes, frame, self.mirrored(held) if zero == 1 else held, optimizer))
+        publish = tuple(convert(axes, frame, optimizer, stored))
+        size, dtype = self.program.itemsize[value], self.program.program.values[value].dtype
+        plan = ParameterPlan(
+            port=index,
+            name=port.name,
+            storage=self._factor_spec(value, frame, stored),
+            optimizer=self._factor_spec(value, frame, optimizer),
+            storage_bytes=self._bytes(frame, stored, size),
+            optimizer_bytes=self._bytes(frame, optimizer, size),
+            accumulator_bytes=self._bytes(frame, held, size),
+            sync=collectives(sync, size, dtype),
+            publish=collectives(publish, size, dtype),
+        )
+        return StoredParameter(plan, sync, publish)
+
+    def _bytes(self, frame: Frame, layout: Layout, size: int) -> int:
+        total = math.prod(frame.sizes) * size
+        for axis, place in zip(self.axes.axes, layout, strict=True):
+            if place >= 0:
+                total //= axis.size
+        return total
+
+    def _factor_spec(self, value: int, frame: Frame, layout: Layout) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """Per dim and factor, the mesh axes on it."""
+        dims: list[list[tuple[str, ...]]] = [[] for _ in range(self.program.rank[value])]
+        for position, dim in enumerate(self.program.dim_of[value]):
+            dims[dim].append(_axes_at(self.axes.axes, frame, layout, position))
+        return tuple(tuple(d) for d in dims)
+
+    def boundary_spec(self, value: int, layout: Layout) -> BoundarySpec:
+        """Mesh axes per dim of a value that crosses layers."""
+        program = self.program
+        frame = Frame(tuple(self.sizes[f] for f in program.positions[value]), program.ascending[value])
+        dims: list[tuple[str, ...]] = [()] * program.rank[value]
+        for position, dim in enumerate(program.dim_of[value]):
+            dims[dim] += _axes_at(self.axes.axes, frame, layout, position)
+        return tuple(dims)
+
+
+def _axes_at(axes: tuple[Axis, ...], frame: Frame, layout: Layout, position: int) -> tuple[str, ...]:
+    """Mesh axes at a position, major to minor."""
+    found = [i for i, at in enumerate(layout) if at == position]
+    found.sort(key=lambda i: order_at(axes, frame, position, i))
+    return tuple(n for i in found for n in names_at(axes, frame, position, i))

@@ -1,0 +1,86 @@
+"""Which operations run forward and which backward, and which values cross, under a rematerialisation policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from galvatron_jax.partition.static import StaticKind, StaticOp
+from galvatron_jax.spec.program import FactorRole
+from galvatron_jax.spec.strategy import Remat
+
+
+@dataclass(frozen=True)
+class Split:
+    """A layer's joint program, taken apart."""
+
+    forward: tuple[StaticOp, ...]
+    backward: tuple[StaticOp, ...]
+    saved: tuple[int, ...]
+    """Values that forward keeps for backward."""
+
+
+def split(static: StaticKind, remat: Remat) -> Split:
+    """Operations of the forward and of the backward program, and the values that cross."""
+    return static.memo.splits.get(remat, lambda: _split(static, remat))
+
+
+def _split(static: StaticKind, remat: Remat) -> Split:
+    gradients = [p.gradient for p in static.kind.inputs if p.gradient is not None]
+    candidates = _candidates(static, remat)
+    backward, leaves = _needed(static, gradients, stop=candidates)
+    saved = tuple(v for v in sorted(leaves) if v in candidates)
+    forward, _ = _needed(static, [*(p.value for p in static.kind.outputs), *saved], stop=set())
+    operations = static.program.operations
+    return Split(
+        forward=tuple(op for op in operations if op.index in forward),
+        backward=tuple(op for op in operations if op.index in backward),
+        saved=saved,
+    )
+
+
+def _candidates(static: StaticKind, remat: Remat) -> set[int]:
+    """Values that may be kept for the backward program."""
+    operations, gradient = static.program.operations, static.gradient_operations
+    if not gradient or remat is Remat.FULL:
+        return set()
+    inputs = {p.value for p in static.kind.inputs} | set(static.program.program.constants)
+    recomputed = {r for op in operations if op.recomputed for r in op.results}
+    dependent = {r for i in gradient for r in operations[i].results}
+    if remat is Remat.DOTS:
+        kept = {
+            r
+            for op in operations
+            if op.index not in gradient and op.primitive in ("dot_general", "conv_general_dilated")
+            for r in op.results
+        }
+    else:
+        kept = {v for i in gradient for v in operations[i].operands} - dependent
+    if remat is Remat.ATTENTION:
+        kept = {v for v in kept if not _is_quadratic(static, v)}
+    seeds = {p.cotangent for p in static.kind.outputs}
+    return kept - inputs - static.fixed - recomputed - seeds
+
+
+def _is_quadratic(static: StaticKind, value: int) -> bool:
+    """Whether two of the value's dims are sequences: attention scores and weights."""
+    program = static.program
+    places = zip(program.dim_of[value], program.positions[value], strict=True)
+    return len({dim for dim, factor in places if program.roles[factor] is FactorRole.SEQUENCE}) >= 2
+
+
+def _needed(static: StaticKind, outputs: Iterable[int], stop: set[int]) -> tuple[set[int], set[int]]:
+    """Operations that some outputs need, and the values at which the walk stopped."""
+    todo = list(outputs)
+    operations: set[int] = set()
+    leaves: set[int] = set()
+    while todo:
+        value = todo.pop()
+        if value in stop or value not in static.producer:
+            leaves.add(value)
+            continue
+        index = static.producer[value]
+        if index not in operations:
+            operations.add(index)
+            todo += static.program.operations[index].operands
+    return operations, leaves

@@ -1,0 +1,219 @@
+"""What passes over one program share: sizes, axes, the states that values take, and what was planned before.
+
+How an operation is planned depends on nothing but the setting and the states of its operands. So strategies that differ
+in what they recompute or in how they store parameters, and the forward and the backward pass of each, meet the same
+questions again and again; the answers are kept here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from galvatron_jax.partition.counts import Tally, count_conversion
+from galvatron_jax.partition.instructions import Convert, Decision, Instruction
+from galvatron_jax.partition.layout import NOWHERE, PENDING, Axis, Frame, Layout, convert
+from galvatron_jax.partition.static import StaticOp, StaticProgram
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Held:
+    """A value's state during a pass. A setting has one object for each content, so that states compare by identity."""
+
+    layouts: tuple[Layout, ...]
+    """By version, in order of appearance."""
+    lazy: frozenset[int]
+    """Dims that are still of size 1 (lazily broadcast)."""
+    zero: bool
+    """Whether all elements are zero."""
+
+    @property
+    def first(self) -> Layout:
+        """The layout in which the value came or was made."""
+        return self.layouts[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What planning one operation gives."""
+
+    held: tuple[tuple[int, Held], ...]
+    """New states of operands and results."""
+    instructions: tuple[Instruction, ...]
+    tallies: tuple[Tally, ...]
+    """Per instruction; none in a setting for prices."""
+    decisions: tuple[Decision, ...] = ()
+    flops: float = 0.0
+    """Local FLOPs of one device."""
+
+
+class Setting:
+    """A program at given sizes under given logical axes."""
+
+    def __init__(
+        self,
+        program: StaticProgram,
+        sizes: Sequence[int],
+        axes: Sequence[Axis],
+        allowed: Sequence[frozenset[int]],
+        *,
+        pricing: bool = False,
+    ) -> None:
+        """Nothing is planned yet.
+
+        Args:
+            program: the operations.
+            sizes: per factor.
+            axes: logical axes.
+            allowed: per axis, the factors it may shard.
+            pricing: whether only conversions and FLOPs are wanted: applications are not recorded.
+        """
+        self.program, self.sizes, self.pricing = program, tuple(sizes), pricing
+        self.axes = tuple(axes)
+        self.axis_sizes = tuple(axis.size for axis in axes)
+        self.nowhere: Layout = (NOWHERE,) * len(self.axes)
+        self._known: tuple[dict[tuple, dict[tuple, Outcome]], ...] = tuple({} for _ in program.operations)
+        self.moves: dict[tuple[int, Held, Layout], tuple[Outcome, int]] = {}
+        """Conversions by value, state and target, with the version that each makes."""
+        self._states: dict[tuple, Held] = {}
+        self._bytes: dict[tuple[int, Held, int], float] = {}
+        self._points: dict[int, float] = {}
+        self._allow(allowed)
+
+    def allowing(self, allowed: Sequence[frozenset[int]]) -> Setting:
+        """The same with other factors allowed; the two share what does not depend on these."""
+        other = copy.copy(self)
+        other._allow(allowed)
+        return other
+
+    def _allow(self, allowed: Sequence[frozenset[int]]) -> None:
+        self.allowed = tuple(allowed)
+        self.outcomes: list[dict[tuple, Outcome]] = []
+        """Per operation, by the states of its operands."""
+        for op, known in zip(self.program.operations, self._known, strict=True):
+            self.outcomes.append(known.setdefault(tuple([factors & op.asks for factors in allowed]), {}))
+        self._bodies: dict[int, Setting] = {}
+
+    def body(self, op: StaticOp) -> Setting:
+        """The setting of a loop's body."""
+        if op.index not in self._bodies:
+            assert op.body is not None
+            self._bodies[op.index] = Setting(op.body, self.sizes, self.axes, self.allowed, pricing=self.pricing)
+        return self._bodies[op.index]
+
+    def state(self, layouts: tuple[Layout, ...], *, lazy: frozenset[int] = frozenset(), zero: bool = False) -> Held:
+        """The one object for a state."""
+        key = layouts, lazy, zero
+        found = self._states.get(key)
+        if found is None:
+            found = self._states[key] = Held(layouts, lazy, zero)
+        return found
+
+    def initial(self) -> dict[int, Held]:
+        """States before a pass: constants are at hand everywhere."""
+        values = self.program.program.values
+        return {v: self.state((self.nowhere,), zero=values[v].zero) for v in self.program.program.constants}
+
+    # ------------------------------------------------------------------------------------------ sizes
+
+    def frame(self, value: int, lazy: frozenset[int]) -> Frame:
+        """Sizes and order at the value's positions."""
+        dims = self.program.dim_of[value]
+        sizes = tuple(1 if dims[p] in lazy else self.sizes[f] for p, f in enumerate(self.program.positions[value]))
+        return Frame(sizes, self.program.ascending[value])
+
+    def local_bytes(self, value: int, held: Held, version: int = 0) -> float:
+        """Local bytes of a version of a value."""
+        key = value, held, version
+        total = self._bytes.get(key)
+        if total is None:
+            total = float(self.program.itemsize[value])
+            dims = self.program.dim_of[value]
+            for position, factor in enumerate(self.program.positions[value]):
+                if dims[position] not in held.lazy:
+                    total *= self.sizes[factor]
+            for size, place in zip(self.axis_sizes, held.layouts[version], strict=True):
+                if place >= 0:
+                    total /= size
+            self._bytes[key] = total
+        return total
+
+    def whole_bytes(self, value: int) -> float:
+        """Bytes of a whole value."""
+        total = float(self.program.itemsize[value])
+        for factor in self.program.positions[value]:
+            total *= self.sizes[factor]
+        return total
+
+    def local_shape(self, value: int, layout: Layout, lazy: frozenset[int]) -> tuple[int, ...]:
+        """Local shape, dim by dim; lazily broadcast dims are 1."""
+        shape = [1] * self.program.rank[value]
+        dims = self.program.dim_of[value]
+        for dim, factor in zip(dims, self.program.positions[value], strict=True):
+            if dim not in lazy:
+                shape[dim] *= self.sizes[factor]
+        for size, place in zip(self.axis_sizes, layout, strict=True):
+            if place >= 0:
+                shape[dims[place]] //= size
+        return tuple(shape)
+
+    def points(self, op: StaticOp) -> float:
+        """FLOPs of a whole operation."""
+        found = self._points.get(op.index)
+        if found is None:
+            found = op.flops
+            for factor in op.factors:
+                found *= self.sizes[factor.factor]
+            self._points[op.index] = found
+        return found
+
+    # ------------------------------------------------------------------------------------------ conversions
+
+    def convert(self, value: int, held: Held, target: Layout) -> tuple[Outcome, int]:
+        """How a value gets into a layout, from the nearest version that there is, and the version's number."""
+        key = value, held, target
+        found = self.moves.get(key)
+        if found is None:
+            found = self.moves[key] = self._convert(value, held, target)
+        return found
+
+    def _convert(self, value: int, held: Held, target: Layout) -> tuple[Outcome, int]:
+        if held.lazy:
+            dims = self.program.dim_of[value]
+            target = tuple(NOWHERE if t >= 0 and dims[t] in held.lazy else t for t in target)
+        if target in held.layouts:
+            return NOTHING, held.layouts.index(target)
+        layouts = held.layouts
+        source = min(range(len(layouts)), key=lambda i: (_distance(layouts[i], target), i))
+        steps = tuple(convert(self.axes, self.frame(value, held.lazy), layouts[source], target))
+        return self._version(value, held, source, target, steps)
+
+    def relabel(self, value: int, held: Held, layout: Layout) -> tuple[Outcome, int]:
+        """Sees a value's first version as another layout of the same local array."""
+        if layout in held.layouts:
+            return NOTHING, held.layouts.index(layout)
+        return self._version(value, held, 0, layout, ())
+
+    def _version(self, value: int, held: Held, source: int, target: Layout, steps: tuple) -> tuple[Outcome, int]:
+        after = self.state((*held.layouts, target), lazy=held.lazy, zero=held.zero)
+        version = len(held.layouts)
+        made = Convert(value, source, version, steps, self.local_shape(value, target, held.lazy))
+        tallies = () if self.pricing else (self._tally(value, after, made),)
+        return Outcome(((value, after),), (made,), tallies), version
+
+    def _tally(self, value: int, held: Held, made: Convert) -> Tally:
+        read, size = self.local_bytes(value, held, made.source), self.local_bytes(value, held, made.target)
+        return count_conversion(
+            made, read, size, self.program.itemsize[value], self.program.program.values[value].dtype
+        )
+
+
+NOTHING = Outcome((), (), ())
+"""What is at hand already."""
+
+
+def _distance(source: Layout, target: Layout) -> int:
+    if any(s != PENDING and t == PENDING for s, t in zip(source, target, strict=True)):
+        return 1 << 30
+    return sum((0 if s == t else 1 if s == NOWHERE else 4) for s, t in zip(source, target, strict=True))
