@@ -102,9 +102,8 @@ def plan_local(
         sizes = static.program.sizes(kind.batch_factor, microbatch, model_microbatch)
         return _Context(static, strategy, mesh, sizes)
 
-    return static.memo.contexts.get((axes, tuple(mesh.items()), microbatch, model_microbatch), context).plan(
-        strategy.zero, strategy.remat
-    )
+    shared = static.memo.contexts.get((axes, tuple(mesh.items()), microbatch, model_microbatch), context)
+    return shared.plan(strategy.zero, strategy.remat)
 
 
 @dataclass(frozen=True)
