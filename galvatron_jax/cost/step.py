@@ -1,4 +1,4 @@
-"""`price_plan`: seconds of a step and bytes per device of a whole one-stage plan."""
+"""`price_plan`: seconds of a step and bytes per device of a whole plan; of one stage by what its layers sum to."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from galvatron_jax.cost.memory import LayerMemory, OptimizerMemory, layer_memory
 from galvatron_jax.cost.model import Batching, CostModel, LayerCost
+from galvatron_jax.cost.pipeline import Pipelining, predict_pipeline
 from galvatron_jax.cost.planner import Planner, default_planner
-from galvatron_jax.errors import InputError, PlanMismatchError
+from galvatron_jax.errors import PlanMismatchError
 from galvatron_jax.partition.layer_plan import LayerPlan, ParameterPlan
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.model import ModelSpec
@@ -31,7 +32,7 @@ def price_plan(
 
     Args:
         model: the model that the plan is for.
-        plan: a plan with one stage.
+        plan: of one stage or several.
         cluster: devices and links.
         profile: measurements; None derives times from the cluster's figures.
         optimizer: its state per parameter.
@@ -39,22 +40,27 @@ def price_plan(
         planner: for tests; the partitioner otherwise.
 
     Raises:
-        InputError: when the plan has several stages.
         PlanMismatchError: when it does not fit the model or its batch, or layers disagree on a tied parameter.
     """
     check_plan(plan, model, plan.num_devices)
-    if len(plan.stages) != 1:
-        raise InputError(f"The plan has {len(plan.stages)} stages; only plans with one stage can be priced.")
     batching = Batching(plan.global_batch, plan.num_microbatches, plan.batch_axes)
+    pipeline_axes = tuple(axis for axis in plan.mesh if axis.name in plan.pipeline_axes)
     costs = CostModel.build(
         model,
         cluster=cluster,
-        mesh=plan.mesh,
+        mesh=plan.stage_mesh,
         profile=profile,
         optimizer=optimizer,
         planner=planner or default_planner(),
+        pipeline_axes=pipeline_axes,
     )
-    return predict(costs, plan.strategies, batching, memory_bytes=memory_bytes)
+    if len(plan.stages) == 1:
+        return predict(costs, plan.strategies, batching, memory_bytes=memory_bytes)
+    plans = [costs.plan(index, strategy, batching) for index, strategy in enumerate(plan.strategies)]
+    check_ties(costs, plans, plan.strategies)
+    pipelining = Pipelining(plan.schedule, pipeline_axes, len(plan.stages) // plan.pipeline_degree)
+    starts = [stage.groups[0].start for stage in plan.stages]
+    return predict_pipeline(costs, pipelining, starts, plan.strategies, batching, memory_bytes=memory_bytes)
 
 
 def predict(

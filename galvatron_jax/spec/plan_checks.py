@@ -1,7 +1,8 @@
-"""Whether a plan fits a model and a set of devices: every reason why not, at once."""
+"""Whether a plan fits a model and a set of devices: every reason why not, at once. And whether it can be run."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -16,7 +17,7 @@ _LEVELS = ("inter", "intra")
 
 
 def check_plan(plan: Plan, model: ModelSpec, num_devices: int) -> None:
-    """Makes sure that a plan can train a model on so many devices.
+    """Makes sure that a plan is one for a model and so many devices. `check_runnable` says whether it can be run too.
 
     Args:
         plan: The plan, found by the search or written by hand.
@@ -31,12 +32,27 @@ def check_plan(plan: Plan, model: ModelSpec, num_devices: int) -> None:
         *_model_faults(plan, model),
         *_cover_faults(plan, len(model.layers)),
         *_axis_faults(plan),
+        *_pipeline_faults(plan),
         *_batch_faults(plan),
-        *_execution_faults(plan),
+        *_executor_faults(plan),
     ]
     if faults:
         heading = f"This plan for {plan.model!r} cannot train {model.name!r} on {_count(num_devices, 'device')}:"
         raise PlanMismatchError("\n  ".join([heading, *faults]))
+
+
+def check_runnable(plan: Plan) -> None:
+    """Makes sure that an executor runs the plan; plans that none runs can still be searched, priced and shown.
+
+    Raises:
+        PlanMismatchError: when the plan has several stages.
+    """
+    if len(plan.stages) > 1:
+        raise PlanMismatchError(
+            f"This plan for {plan.model!r} has {len(plan.stages)} pipeline stages, but the executor {plan.executor!r} "
+            "runs one stage only. Search for a plan with one stage (`galvatron-jax search --runnable`); this one can "
+            "be priced and shown, not run."
+        )
 
 
 def _mesh_faults(plan: Plan, num_devices: int) -> Iterator[str]:
@@ -103,7 +119,7 @@ def _cover_faults(plan: Plan, num_layers: int) -> Iterator[str]:
 def _axis_faults(plan: Plan) -> Iterator[str]:
     """Axes that the mesh lacks, or that serve twice."""
     known = [axis.name for axis in plan.mesh]
-    uses = [("batch_axes", plan.batch_axes)]
+    uses = [("pipeline_axes", plan.pipeline_axes), ("batch_axes", plan.batch_axes)]
     for place, group in _groups(plan):
         strategy = group.strategy
         kinds = (("dp", strategy.dp), ("tp", strategy.tp), ("sp", strategy.sp))
@@ -118,8 +134,9 @@ def _axis_faults(plan: Plan) -> Iterator[str]:
             if axis not in known:
                 hint = did_you_mean(axis, known) if known else " The mesh has no axes."
                 yield f"{place}: the mesh has no axis {axis!r}.{hint}"
-    if len(set(plan.batch_axes)) < len(plan.batch_axes):
-        yield f"batch_axes: {', '.join(plan.batch_axes)} names an axis twice."
+    for place, axes in uses[:2]:
+        if len(set(axes)) < len(axes):
+            yield f"{place}: {', '.join(axes)} names an axis twice."
 
 
 def _batch_faults(plan: Plan) -> Iterator[str]:
@@ -150,13 +167,56 @@ def _batch_faults(plan: Plan) -> Iterator[str]:
             )
 
 
-def _execution_faults(plan: Plan) -> Iterator[str]:
+def _executor_faults(plan: Plan) -> Iterator[str]:
     if plan.executor not in EXECUTORS:
         yield f"executor: no executor {plan.executor!r}.{did_you_mean(plan.executor, EXECUTORS)}"
-    if len(plan.stages) > 1:
-        yield f"stages: {len(plan.stages)} pipeline stages, but the executor {plan.executor!r} runs one stage only."
-    elif plan.schedule is not Schedule.NONE:
-        yield f"schedule: {plan.schedule.value!r} orders several stages, but the plan has one; use 'none'."
+
+
+def _pipeline_faults(plan: Plan) -> Iterator[str]:
+    """Stages that do not lie on the mesh or fit the schedule, and strategies that use the axes along which they lie."""
+    yield from _schedule_faults(plan)
+    known, names = [axis.name for axis in plan.mesh], ", ".join(plan.pipeline_axes)
+    if not set(plan.pipeline_axes) <= set(known):
+        return  # Named among the axes that the mesh lacks.
+    leading = known[: len(plan.pipeline_axes)]
+    if list(plan.pipeline_axes) != leading:
+        yield (
+            f"pipeline_axes: {names} must be the first axes of the mesh, in its order, for stages lie along the "
+            f"slowest links; here that is {', '.join(leading)}."
+        )
+    uses = [("batch_axes", plan.batch_axes)]
+    for place, group in _groups(plan):
+        uses.append((f"{place}.strategy", (*group.strategy.replicas, *group.strategy.tp)))
+    for place, axes in uses:
+        taken = sorted(set(axes) & set(plan.pipeline_axes))
+        if taken:
+            yield f"{place}: stages lie along {', '.join(taken)} (pipeline_axes); spread each over the other axes only."
+
+
+def _schedule_faults(plan: Plan) -> Iterator[str]:
+    """One stage, schedule `none` and no pipeline axes belong together; else stages must fill the groups of devices."""
+    count, names = len(plan.stages), ", ".join(plan.pipeline_axes)
+    if count <= 1:
+        if plan.schedule is not Schedule.NONE:
+            yield f"schedule: {plan.schedule.value!r} orders several stages, but the plan has one; use 'none'."
+        if names:
+            yield f"pipeline_axes: stages lie along {names}, but the plan has one stage; leave it empty."
+        return
+    if plan.schedule is Schedule.NONE:
+        others = ", ".join(repr(schedule.value) for schedule in Schedule if schedule is not Schedule.NONE)
+        yield f"schedule: 'none' runs one stage, but the plan has {count}; use one of {others}."
+    if not names:
+        yield f"pipeline_axes: missing; {count} stages lie along the first axes of the mesh, which must be named."
+    shape = mesh_shape(plan.mesh)
+    degree = math.prod(shape.get(name, 0) for name in set(plan.pipeline_axes))
+    if not names or not degree:
+        return
+    chunks, rest = divmod(count, degree)
+    where = f"stages: {count} stages do not fit {degree} groups of devices (pipeline_axes {names})"
+    if plan.schedule is Schedule.INTERLEAVED and (rest or chunks < 2):
+        yield f"{where}; 'interleaved' needs the same number on each, at least 2: {2 * degree}, {3 * degree}, ..."
+    elif plan.schedule is not Schedule.INTERLEAVED and count != degree:
+        yield f"{where}; make {degree}, or use 'interleaved' with a multiple."
 
 
 def _groups(plan: Plan) -> Iterator[tuple[str, LayerGroup]]:

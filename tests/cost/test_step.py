@@ -6,8 +6,8 @@ from galvatron_jax.cost import OptimizerMemory, price_plan
 from galvatron_jax.cost.memory import SAME
 from galvatron_jax.cost.sizes import batch_spec, local_bytes, value_dims
 from galvatron_jax.cost.wiring import Hop, wire
-from galvatron_jax.errors import InputError, PlanMismatchError
-from galvatron_jax.spec.plan import LayerGroup, MeshAxis, Plan, Stage
+from galvatron_jax.errors import PlanMismatchError
+from galvatron_jax.spec.plan import LayerGroup, MeshAxis, Plan, Schedule, Stage
 from galvatron_jax.spec.strategy import LayerStrategy
 from tests.search.fake import FakePlanner, cluster, toy_model
 
@@ -75,10 +75,34 @@ def test_slots_take_the_dtype_they_are_kept_in() -> None:
     assert price(plan((0, 4, DATA)), optimizer=narrow).memory[0].optimizer_bytes == 4 * (WEIGHT // 2 + WEIGHT)
 
 
-def test_several_stages_cannot_be_priced() -> None:
-    stages = tuple(Stage(groups=(LayerGroup(start=a, stop=b, strategy=LayerStrategy()),)) for a, b in ((0, 2), (2, 4)))
-    with pytest.raises((InputError, PlanMismatchError), match="stage"):
-        price(plan(stages=stages))
+def test_a_pipeline_is_priced_by_its_schedule() -> None:
+    inner = LayerStrategy(dp=("b",))
+    stages = tuple(Stage(groups=(LayerGroup(start=a, stop=b, strategy=inner),)) for a, b in ((0, 2), (2, 4)))
+    found = price(
+        plan(
+            stages=stages,
+            pipeline_axes=("a",),
+            batch_axes=("b",),
+            num_microbatches=4,
+            schedule=Schedule.ONE_F_ONE_B,
+        )
+    )
+    assert [len(found.stages), len(found.memory)] == [2, 2]
+    assert found.time.bubble_s > 0
+    assert found.time.step_s > 4 * max(stage.forward_s + stage.backward_s for stage in found.stages)
+    for memory in found.memory:
+        assert memory.total_bytes == sum(memory.model_dump(exclude={"total_bytes"}).values())
+
+
+def test_stages_that_disagree_on_a_tied_parameter_are_refused() -> None:
+    strategies = (LayerStrategy(dp=("b",)), LayerStrategy(dp=("b",), zero=3))
+    stages = tuple(
+        Stage(groups=(LayerGroup(start=start, stop=start + 2, strategy=strategy),))
+        for start, strategy in zip((0, 2), strategies, strict=True)
+    )
+    changes = {"stages": stages, "pipeline_axes": ("a",), "batch_axes": ("b",), "schedule": Schedule.GPIPE}
+    with pytest.raises(PlanMismatchError, match="share 'table' but would lay it out differently"):
+        price(plan(**changes), tied=True)
 
 
 def test_a_value_with_several_readers_is_held_in_the_plan_wide_layout() -> None:

@@ -2,7 +2,7 @@ import pytest
 
 from galvatron_jax.errors import PlanMismatchError
 from galvatron_jax.spec.plan import MeshAxis, Schedule, Stage
-from galvatron_jax.spec.plan_checks import check_plan
+from galvatron_jax.spec.plan_checks import check_plan, check_runnable
 from galvatron_jax.spec.strategy import LayerStrategy, SequenceParallel
 from tests.spec import samples
 
@@ -132,18 +132,127 @@ def test_the_batch_must_divide(changes, message):
     assert faults(samples.plan(**changes))[1:] == [message]
 
 
-def test_what_no_executor_runs_is_refused():
-    stages = (Stage(groups=samples.plan((0, 2, DATA)).stages[0].groups), samples.plan((2, 4, DATA)).stages[0])
-    assert faults(samples.plan(stages=stages))[1:] == [
-        "stages: 2 pipeline stages, but the executor 'local' runs one stage only."
-    ]
+def pipeline(count: int = 2, **changes):
+    """A plan of four layers in `count` stages, by default along the first axis of the mesh."""
+    size = 4 // count
+    inner = LayerStrategy(dp=("b", "c"))
+    stages = tuple(samples.plan((k * size, (k + 1) * size, inner)).stages[0] for k in range(count))
+    fields = {"stages": stages, "pipeline_axes": ("a",), "batch_axes": ("b",), "schedule": Schedule.ONE_F_ONE_B}
+    return samples.plan(**(fields | changes))
+
+
+def test_pipelines_pass():
+    check_plan(pipeline(), samples.model_spec(), 8)
+    check_plan(pipeline(4, schedule=Schedule.INTERLEAVED), samples.model_spec(), 8)
+    replicated = tuple(samples.plan((k, k + 1, LayerStrategy())).stages[0] for k in range(4))
+    both = pipeline(stages=replicated, pipeline_axes=("a", "b"), batch_axes=(), schedule=Schedule.GPIPE)
+    check_plan(both, samples.model_spec(), 8)
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "messages"),
+    [
+        (
+            2,
+            {"schedule": Schedule.NONE},
+            [
+                "schedule: 'none' runs one stage, but the plan has 2; use one of 'gpipe', '1f1b', '1f1b-stash', "
+                "'interleaved'."
+            ],
+        ),
+        (
+            2,
+            {"pipeline_axes": ()},
+            ["pipeline_axes: missing; 2 stages lie along the first axes of the mesh, which must be named."],
+        ),
+        (
+            4,
+            {},
+            [
+                "stages: 4 stages do not fit 2 groups of devices (pipeline_axes a); make 2, or use 'interleaved' with a "
+                "multiple."
+            ],
+        ),
+        (
+            2,
+            {"schedule": Schedule.INTERLEAVED},
+            [
+                "stages: 2 stages do not fit 2 groups of devices (pipeline_axes a); 'interleaved' needs the same number "
+                "on each, at least 2: 4, 6, ..."
+            ],
+        ),
+        (
+            2,
+            {"pipeline_axes": ("c",), "batch_axes": ("b",)},
+            [
+                "pipeline_axes: c must be the first axes of the mesh, in its order, for stages lie along the slowest "
+                "links; here that is a.",
+                *(
+                    f"stages[{k}].groups[0].strategy: stages lie along c (pipeline_axes); spread each over the other "
+                    "axes only."
+                    for k in range(2)
+                ),
+            ],
+        ),
+        (
+            2,
+            {"batch_axes": ("a",)},
+            ["batch_axes: stages lie along a (pipeline_axes); spread each over the other axes only."],
+        ),
+        (
+            2,
+            {"pipeline_axes": ("A",)},
+            ["pipeline_axes: the mesh has no axis 'A'. Did you mean 'a'?"],
+        ),
+        (
+            2,
+            {"pipeline_axes": ("a", "a")},
+            [
+                "pipeline_axes: a, a names an axis twice.",
+                "pipeline_axes: a, a must be the first axes of the mesh, in its order, for stages lie along the "
+                "slowest links; here that is a, b.",
+            ],
+        ),
+    ],
+)
+def test_stages_must_fill_the_leading_axes_as_the_schedule_wants(count, changes, messages):
+    assert faults(pipeline(count, **changes))[1:] == messages
+
+
+def test_one_stage_takes_no_axes_and_no_schedule():
+    plan = samples.plan((0, 4, LayerStrategy(dp=("b", "c"))), pipeline_axes=("a",), batch_axes=("b",))
+    assert faults(plan)[1:] == ["pipeline_axes: stages lie along a, but the plan has one stage; leave it empty."]
     assert faults(samples.plan(executor="locl", schedule=Schedule.GPIPE))[1:] == [
-        "executor: no executor 'locl'. Did you mean 'local'?",
         "schedule: 'gpipe' orders several stages, but the plan has one; use 'none'.",
+        "executor: no executor 'locl'. Did you mean 'local'?",
     ]
     assert faults(samples.plan(stages=(Stage(groups=()),)))[1:] == [
         "stages: layers 0 to 3 are in no group; the model has 4 layers.",
         "stages[0]: holds no layers.",
+    ]
+
+
+def test_pipelines_are_plans_that_no_executor_runs():
+    check_runnable(samples.plan())
+    with pytest.raises(PlanMismatchError) as caught:
+        check_runnable(pipeline())
+    assert str(caught.value) == (
+        "This plan for 'toy' has 2 pipeline stages, but the executor 'local' runs one stage only. Search for a plan "
+        "with one stage (`galvatron-jax search --runnable`); this one can be priced and shown, not run."
+    )
+
+
+@pytest.mark.parametrize("ending", ["json", "toml"])
+def test_pipelines_keep_their_shape_in_files_and_differ_by_place(tmp_path, ending):
+    plan = pipeline(4, schedule=Schedule.INTERLEAVED)
+    plan.save(tmp_path / f"plan.{ending}")
+    again = type(plan).load(tmp_path / f"plan.{ending}")
+    assert again == plan
+    assert again.pipeline_degree == 2
+    assert [axis.name for axis in again.stage_mesh] == ["b", "c"]
+    assert plan.diff(pipeline(4, schedule=Schedule.GPIPE, pipeline_axes=("a", "b"))) == [
+        "schedule: 'interleaved' -> 'gpipe'",
+        "pipeline_axes: ['a'] -> ['a', 'b']",
     ]
 
 
