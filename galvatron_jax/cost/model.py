@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from galvatron_jax.cost.compute import Compute, compute_for, local_shape
 from galvatron_jax.cost.links import Links, links_for
@@ -11,7 +11,7 @@ from galvatron_jax.cost.memory import LayerMemory, OptimizerMemory, layer_memory
 from galvatron_jax.cost.planner import Planner, PlanTable
 from galvatron_jax.cost.sizes import batch_spec, local_bytes, value_dims, whole_bytes
 from galvatron_jax.cost.wiring import LayerWiring, Wiring, wire
-from galvatron_jax.partition.layer_plan import BoundarySpec, Collective, LayerPlan
+from galvatron_jax.partition.layer_plan import BoundarySpec, Collective, LayerPlan, ParameterPlan
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import MeshAxis
@@ -85,6 +85,15 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
+class _State:
+    """What a layer's parameters cost."""
+
+    synchronisation_s: float
+    update_s: float
+    memory: LayerMemory
+
+
+@dataclass(frozen=True)
 class CostModel:
     """Prices layers and transitions. One object serves the search and `price_plan`, so both say the same."""
 
@@ -98,6 +107,12 @@ class CostModel:
     overlap: float
     update_bytes_per_s: float
     provenance: str
+    _seconds: dict[tuple, float] = field(default_factory=dict, repr=False, compare=False)
+    """Of collectives priced so far."""
+    _states: dict[tuple, tuple[tuple[ParameterPlan, ...], _State]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    """Of parameters priced so far, which do not depend on the micro-batch."""
 
     @classmethod
     def build(
@@ -149,18 +164,36 @@ class CostModel:
         shape = local_shape(strategy, mesh=self.table.sizes, microbatch=batching.microbatch)
         compute = self.compute.layer(kind, plan, strategy=strategy, shape=shape)
         there, back = self._held_seconds(wiring, plan, batching)
-        owned = wiring.owned
-        mine = [parameter for parameter in plan.parameters if parameter.port in owned]
-        traffic = update_traffic_bytes(kind, plan, owned=owned, optimizer=self.optimizer)
+        state = self._state(wiring, plan)
         return LayerCost(
             forward=PhaseCost(compute.forward_s, self._exposed(plan.forward.collectives, compute.forward_s) + there),
             backward=PhaseCost(compute.backward_s, self._exposed(plan.backward.collectives, compute.backward_s) + back),
-            synchronisation_s=self.seconds(fused(c for p in plan.parameters for c in p.sync))
-            + self.seconds(fused(c for p in mine for c in p.publish)),
-            update_s=traffic / self.update_bytes_per_s,
-            memory=layer_memory(kind, plan, owned=owned, optimizer=self.optimizer),
+            synchronisation_s=state.synchronisation_s,
+            update_s=state.update_s,
+            memory=replace(
+                state.memory,
+                residual_bytes=plan.residual_bytes,
+                workspace_bytes=max(plan.forward.peak_bytes, plan.backward.peak_bytes),
+            ),
             estimated=compute.estimated,
         )
+
+    def _state(self, wiring: LayerWiring, plan: LayerPlan) -> _State:
+        """What a layer's parameters cost, whatever the micro-batch."""
+        key = (id(plan.parameters), wiring.kind, wiring.owned)
+        if key not in self._states:
+            kind, owned = self.model.kinds[wiring.kind], wiring.owned
+            publish = (c for parameter in plan.parameters if parameter.port in owned for c in parameter.publish)
+            traffic = update_traffic_bytes(kind, plan, owned=owned, optimizer=self.optimizer)
+            found = _State(
+                self.seconds(fused(c for parameter in plan.parameters for c in parameter.sync))
+                + self.seconds(fused(publish)),
+                traffic / self.update_bytes_per_s,
+                layer_memory(kind, plan, owned=owned, optimizer=self.optimizer),
+            )
+            # The parameters are kept, so that no others come to have their identity.
+            self._states[key] = plan.parameters, found
+        return self._states[key][1]
 
     def transition_seconds(
         self, before: int, wiring: LayerWiring, source: LayerPlan, target: LayerPlan, *, microbatch: int
@@ -204,7 +237,14 @@ class CostModel:
 
     def seconds(self, collectives: Iterable[Collective]) -> float:
         """Collectives one after another."""
-        return sum(self.links.seconds(collective) for collective in collectives)
+        total = 0.0
+        for collective in collectives:
+            key = (collective.kind, collective.axes, collective.bytes)
+            found = self._seconds.get(key)
+            if found is None:
+                found = self._seconds[key] = self.links.seconds(collective)
+            total += found
+        return total
 
     def batch_bytes(self, batching: Batching) -> int:
         """Bytes of the whole global batch on one device."""
