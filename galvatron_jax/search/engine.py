@@ -19,8 +19,7 @@ from galvatron_jax.search.infeasible import nothing_fits
 from galvatron_jax.search.pipelines import (
     Layout,
     PipelineBest,
-    build_pipelines,
-    fastest_pipeline,
+    PipelineSearch,
     layouts_of,
     least_pipeline,
 )
@@ -199,16 +198,10 @@ def _attempt(request: _Request) -> _Attempt:
     best: Best | PipelineBest | None = fastest(chains, memory_bytes=budget, effort=effort, deadline=request.deadline)
     layouts = layouts_of(request.meshes, space)
     models = [(layout, _costs(request, layout.stage_axes, layout.pipeline_axes)) for layout in layouts]
-    pipelines = build_pipelines(
-        models,
-        global_batch=request.global_batch,
-        memory_bytes=budget,
-        space=space,
-        effort=effort,
-        progress=request.progress,
-    )
     upper = best.solution.seconds if best is not None else math.inf
-    others = fastest_pipeline(pipelines, memory_bytes=budget, upper_s=upper, effort=effort, deadline=request.deadline)
+    others = PipelineSearch(
+        request.global_batch, budget, space, effort, deadline=request.deadline, progress=request.progress
+    ).run(models, upper)
     if others:
         best = others[-1]
     nearest = best

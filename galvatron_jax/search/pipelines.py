@@ -1,21 +1,24 @@
-"""All the pipelines of one search: every way to lay stages over the cluster, schedule them and feed them; the best."""
+"""All the pipelines of one search: every way to lay stages over the cluster, schedule and feed them; and the best."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from galvatron_jax.cost.compute import Roofline
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.pipeline import Pipelining
 from galvatron_jax.search.bounds import Bounds
 from galvatron_jax.search.partition import TOLERANCE, solve_pipeline
 from galvatron_jax.search.pipeline import Pipeline, PipelineSolution
 from galvatron_jax.search.problems import Effort, Progress
-from galvatron_jax.search.space import SearchSpace, batch_axes_for
+from galvatron_jax.search.space import Rule, SearchSpace, batch_axes_for
 from galvatron_jax.search.stages import PipelineBuilder
-from galvatron_jax.search.tables import Allowed, TableBuilder
+from galvatron_jax.search.tables import TableBuilder
 from galvatron_jax.spec.plan import MeshAxis, Schedule
+from galvatron_jax.spec.profile import Provenance
 from galvatron_jax.spec.strategy import LayerStrategy
 
 _GROWTH = 1.25
@@ -82,39 +85,6 @@ def layouts_of(meshes: tuple[tuple[MeshAxis, ...], ...], space: SearchSpace) -> 
     return tuple(found.values())
 
 
-def pipeline_problems(
-    builder: PipelineBuilder,
-    layout: Layout,
-    count: int,
-    *,
-    global_batch: int,
-    memory_bytes: int,
-    space: SearchSpace,
-    allowed: Allowed | None = None,
-) -> Iterator[PipelineProblem]:
-    """The problems of one layout and number of micro-batches.
-
-    Args:
-        builder: of the layout's stage mesh.
-        layout: where stages lie.
-        count: micro-batches.
-        global_batch: examples of a step.
-        memory_bytes: budget per device.
-        space: schedules and chunks to try.
-        allowed: which strategies to use.
-    """
-    layers = len(builder.tables.costs.model.layers)
-    for axes in batch_axes_for(layout.stage_axes, global_batch // count):
-        batching = Batching(global_batch, count, axes)
-        for pipelining in schedules_of(layout, space):
-            if pipelining.num_stages > layers:
-                continue
-            for pipeline in builder.build(pipelining, batching, allowed):
-                room = memory_bytes - pipeline.fixed_bytes
-                bound = Bounds.of(pipeline, room).seconds() if room > 0 else float("inf")
-                yield PipelineProblem(builder, pipelining, batching, pipeline, bound)
-
-
 def schedules_of(layout: Layout, space: SearchSpace) -> Iterator[Pipelining]:
     """The schedules to try, interleaved ones once for each number of chunks."""
     for schedule in space.schedules:
@@ -122,82 +92,148 @@ def schedules_of(layout: Layout, space: SearchSpace) -> Iterator[Pipelining]:
         yield from (Pipelining(schedule, layout.pipeline_axes, count) for count in chunks)
 
 
-def build_pipelines(
-    models: list[tuple[Layout, CostModel]],
-    *,
-    global_batch: int,
-    memory_bytes: int,
-    space: SearchSpace,
-    effort: Effort,
-    progress: Progress | None,
-) -> list[PipelineProblem]:
-    """Every pipeline of a search, the one with the lowest bound first; those that never fit are left out."""
-    counts = space.microbatch_counts(global_batch)
-    found: list[PipelineProblem] = []
-    for index, (layout, costs) in enumerate(models):
-        tables = TableBuilder(costs, space, effort.pruned)
-        builder = PipelineBuilder(tables)
-        for step, count in enumerate(counts):
-            if progress is not None:
-                message = f"planning {layout.degree} stages with {count} micro-batches"
-                progress(index * len(counts) + step, len(models) * len(counts), message)
-            problems = pipeline_problems(
-                builder, layout, count, global_batch=global_batch, memory_bytes=memory_bytes, space=space
+@dataclass(frozen=True)
+class Work:
+    """The least computation of a step, by FLOPs at the rate of the roofline."""
+
+    forward_s: float
+    """Of a whole step, shared out evenly over all devices."""
+    backward_s: float
+
+    def seconds(self, pipelining: Pipelining, count: int) -> float:
+        """Seconds of a step that no plan with this schedule undercuts.
+
+        The bubble counts where an uneven load cannot make it smaller: each of the first stages that is given less
+        than its share makes the slowest stage slower, and that is paid for in every micro-batch.
+        """
+        again = self.forward_s if pipelining.recomputes else 0.0
+        busy = self.forward_s + self.backward_s + again
+        degree = pipelining.degree
+        enough = degree * sum(1 / k for k in range(1, degree)) - degree + 1
+        bubble = (degree - 1) / count if pipelining.num_chunks == 1 and count >= enough else 0.0
+        return busy * (1 + bubble)
+
+
+def least_work(costs: CostModel, global_batch: int) -> Work | None:
+    """The least computation of a step; None where times are measured, and small shapes may be the fastest."""
+    if costs.provenance != Provenance.DERIVED:
+        return None
+    roofline, forward, backward = Roofline(costs.cluster.device), 0.0, 0.0
+    for layer in costs.model.layers:
+        kind, examples = costs.model.kinds[layer.kind], costs.model.microbatch
+        plan = costs.table.planner.plan_layer(
+            kind, LayerStrategy(), mesh={}, microbatch=examples, model_microbatch=examples
+        )
+        rate = roofline.peak(kind) * roofline.efficiency * examples / global_batch
+        forward += plan.forward.flops / rate
+        backward += plan.backward.flops / rate
+    count = costs.cluster.num_devices
+    return Work(forward / count, backward / count)
+
+
+@dataclass
+class PipelineSearch:
+    """Solves the pipelines of a search, the most promising layout and number of micro-batches first."""
+
+    global_batch: int
+    memory_bytes: int
+    space: SearchSpace
+    effort: Effort
+    deadline: float | None = None
+    progress: Progress | None = None
+
+    def run(self, models: Sequence[tuple[Layout, CostModel]], upper_s: float) -> list[PipelineBest]:
+        """Ever faster solutions that fit and beat `upper_s`; the last is the best.
+
+        What is not proven is noted as the least bound that is still open.
+        """
+        counts = self.space.microbatch_counts(self.global_batch)
+        work = least_work(models[0][1], self.global_batch) if models else None
+        if not self.space.applies(Rule.WORK):
+            work = None
+        builders = [PipelineBuilder(TableBuilder(costs, self.space, self.effort.pruned)) for _, costs in models]
+        cells = [
+            (self._bound(layout, count, work), index, count)
+            for index, (layout, _) in enumerate(models)
+            for count in counts
+        ]
+        found: list[PipelineBest] = []
+        for step, (bound, index, count) in enumerate(sorted(cells)):
+            layout = models[index][0]
+            if bound >= upper_s * (1 - TOLERANCE):
+                self.effort.pruned[Rule.WORK] += len(cells) - step
+                break
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                self.effort.leave_open(bound)
+                break
+            if self.progress is not None:
+                self.progress(step, len(cells), f"planning {layout.degree} stages with {count} micro-batches")
+            better = self._cell(builders[index], layout, count, work, upper_s)
+            if better:
+                found += better
+                upper_s = better[-1].solution.seconds
+        self._count(builders)
+        return found
+
+    def _bound(self, layout: Layout, count: int, work: Work | None) -> float:
+        return min((work.seconds(p, count) if work else 0.0 for p in schedules_of(layout, self.space)), default=0.0)
+
+    def _cell(
+        self, builder: PipelineBuilder, layout: Layout, count: int, work: Work | None, upper_s: float
+    ) -> list[PipelineBest]:
+        """All schedules and batch layouts of one layout and number of micro-batches."""
+        layers = len(builder.tables.costs.model.layers)
+        problems = []
+        for pipelining in schedules_of(layout, self.space):
+            if pipelining.num_stages > layers:
+                continue
+            if work is not None and work.seconds(pipelining, count) >= upper_s * (1 - TOLERANCE):
+                self.effort.pruned[Rule.WORK] += 1
+                continue
+            for axes in batch_axes_for(layout.stage_axes, self.global_batch // count):
+                problems += self._problems(builder, pipelining, Batching(self.global_batch, count, axes))
+        self.effort.problems += len(problems)
+        return self._solve(sorted(problems, key=lambda problem: problem.bound_s), upper_s)
+
+    def _problems(
+        self, builder: PipelineBuilder, pipelining: Pipelining, batching: Batching
+    ) -> Iterator[PipelineProblem]:
+        for pipeline in builder.build(pipelining, batching):
+            room = self.memory_bytes - pipeline.fixed_bytes
+            bound = Bounds.of(pipeline, room).seconds() if room > 0 else math.inf
+            if math.isfinite(bound):
+                yield PipelineProblem(builder, pipelining, batching, pipeline, bound)
+
+    def _solve(self, problems: list[PipelineProblem], upper_s: float) -> list[PipelineBest]:
+        found: list[PipelineBest] = []
+        for problem in problems:
+            if problem.bound_s >= upper_s * (1 - TOLERANCE):
+                break
+            outcome = solve_pipeline(
+                problem.pipeline, budget_bytes=self.memory_bytes, upper_s=upper_s, deadline=self.deadline
             )
-            every = list(problems)
-            effort.problems += len(every)
-            found += [problem for problem in every if problem.bound_s < float("inf")]
-        effort.planned += costs.table.planned
-        effort.priced += tables.priced
-        effort.estimated += tables.estimated
-    return sorted(found, key=lambda problem: problem.bound_s)
+            self.effort.solved += 1
+            self.effort.labels += outcome.labels
+            self.effort.leave_open(outcome.bound_s)
+            if outcome.solution is not None:
+                upper_s = outcome.solution.seconds
+                found.append(PipelineBest(problem, outcome.solution))
+        return found
 
-
-def fastest_pipeline(
-    problems: list[PipelineProblem],
-    *,
-    memory_bytes: int,
-    upper_s: float,
-    effort: Effort,
-    deadline: float | None = None,
-) -> list[PipelineBest]:
-    """Ever faster solutions that fit and beat `upper_s`, over problems sorted by bound; the last is the best.
-
-    What was not proven is noted as the least bound that is still open.
-    """
-    found: list[PipelineBest] = []
-    for problem in problems:
-        if problem.bound_s >= upper_s * (1 - TOLERANCE):
-            break
-        if deadline is not None and time.monotonic() > deadline:
-            effort.leave_open(problem.bound_s)
-            break
-        outcome = solve_pipeline(problem.pipeline, budget_bytes=memory_bytes, upper_s=upper_s, deadline=deadline)
-        effort.solved += 1
-        effort.labels += outcome.labels
-        effort.leave_open(outcome.bound_s)
-        if outcome.solution is not None:
-            upper_s = outcome.solution.seconds
-            found.append(PipelineBest(problem, outcome.solution))
-    return found
+    def _count(self, builders: Sequence[PipelineBuilder]) -> None:
+        for builder in builders:
+            self.effort.planned += builder.tables.costs.table.planned
+            self.effort.priced += builder.tables.priced
+            self.effort.estimated += builder.tables.estimated
 
 
 def least_pipeline(
-    models: list[tuple[Layout, CostModel]], *, global_batch: int, memory_bytes: int, space: SearchSpace
+    models: Sequence[tuple[Layout, CostModel]], *, global_batch: int, memory_bytes: int, space: SearchSpace
 ) -> PipelineBest:
-    """A pipeline that needs little memory: the first that fits when the budget grows step by step."""
+    """A pipeline that needs little memory: the best that fits once the budget has grown step by step."""
     budget = float(memory_bytes)
     while True:
         budget *= _GROWTH
-        effort = Effort()
-        problems = build_pipelines(
-            models,
-            global_batch=global_batch,
-            memory_bytes=int(budget),
-            space=space,
-            effort=effort,
-            progress=None,
-        )
-        found = fastest_pipeline(problems, memory_bytes=int(budget), upper_s=float("inf"), effort=effort)
+        found = PipelineSearch(global_batch, int(budget), space, Effort()).run(models, math.inf)
         if found:
             return found[-1]

@@ -31,6 +31,8 @@ class Rule(StrEnum):
     """The layer has no parameters, so every ZeRO stage is the same."""
     DOMINATED = "dominated"
     """Another strategy with the same layouts at its boundary is no slower and needs no more memory."""
+    WORK = "work"
+    """The computation of a step, shared out evenly, and the schedule's bubble take longer than the best plan known."""
     TP_ACROSS_NODES = "tp-across-nodes"
     """Heuristic: tensor and sequence parallelism stay within a node."""
     ULYSSES_WITH_TP = "ulysses-with-tp"
