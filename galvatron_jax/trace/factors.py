@@ -267,7 +267,9 @@ class FactorAnalysis:
 
     def _places(self, ref: Ref, value: int) -> list[tuple[Atom, Place]]:
         whole = [
-            (atom, Place(dim, index)) for dim in ref.dims for index, atom in enumerate(expand(self.dims[value][dim]))
+            (atom, Place(int(dim), index))  # Dimension numbers of a convolution's gradient are NumPy's.
+            for dim in ref.dims
+            for index, atom in enumerate(expand(self.dims[value][dim]))
         ]
         if ref.piece is None:
             return whole
