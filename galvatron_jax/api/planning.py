@@ -15,17 +15,18 @@ from galvatron_jax.api.clusters import LIVE, resolve_cluster
 from galvatron_jax.api.decorator import options_of, recipe_of
 from galvatron_jax.api.optimizer import optimizer_memory
 from galvatron_jax.api.profiling import measure_profile
-from galvatron_jax.cost import OptimizerMemory, derive_profile, price_plan
+from galvatron_jax.cost import derive_profile
 from galvatron_jax.errors import InputError, PlanMismatchError
 from galvatron_jax.report.plans import plan_report
 from galvatron_jax.report.searches import search_report
 from galvatron_jax.report.text import render
 from galvatron_jax.runtime.data import batch_size
-from galvatron_jax.search import SearchResult, SearchSpace, search
+from galvatron_jax.search import SearchResult, SearchSpace
+from galvatron_jax.search.question import Question
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import Plan
-from galvatron_jax.spec.plan_checks import check_plan
+from galvatron_jax.spec.plan_checks import check_plan, check_runnable
 from galvatron_jax.spec.profile import Profile
 from galvatron_jax.trace.model import Traced, trace
 
@@ -135,40 +136,70 @@ def make_plan(
     cluster: ClusterSpec | str | PathLike[str],
     profile: Profile | str | PathLike[str] | None,
 ) -> Planned:
-    """Traces, profiles and searches; or checks and prices a given plan.
+    """Traces, profiles and searches plans that run; or checks and prices a given one.
 
     Raises:
         InfeasibleError: when no plan fits the budget.
-        PlanMismatchError: when the given plan is for another model, batch or number of devices.
+        PlanMismatchError: when the given plan is for another model, batch or number of devices, or has several stages.
     """
     given = Plan.load(plan) if isinstance(plan, (str, PathLike)) else plan
     traced = request.trace()
-    model = traced.spec
-    live = cluster == LIVE
-    spec = resolve_cluster(cluster, cache_dir=request.cache_dir, progress=request.progress)
-    if given is not None:
-        _check_given(given, model, spec, request.global_batch)
     count = request.num_microbatches if given is None else given.num_microbatches
-    space = SearchSpace(num_microbatches=None if count is None else (count,))
-    times = _profile(request, traced, spec, profile, live=live, space=space)
-    memory = optimizer_memory(request.optimizer, model)
+    # The executor runs one stage.
+    space = SearchSpace(num_microbatches=None if count is None else (count,), pipeline_degrees=(1,))
+    if given is not None:
+        check_runnable(given)
+    question = make_question(request, traced, cluster=cluster, profile=profile, space=space, given=given)
     if given is None:
-        result = search(
-            model,
-            spec,
-            profile=times,
-            global_batch=request.global_batch,
-            memory_bytes=request.memory_bytes,
-            optimizer=memory,
-            space=space,
-        )
+        result = question.answer()
         chosen = result.plan
     else:
         result = None
-        chosen = _priced(given, model, spec, times, memory, request)
+        chosen = given.model_copy(update={"prediction": question.price(given)})
     if chosen.num_microbatches > 1:
         traced = request.trace(num_microbatches=chosen.num_microbatches)
-    return Planned(model, traced, spec, times, chosen, result)
+    assert question.profile is not None
+    return Planned(question.model, traced, question.cluster, question.profile, chosen, result)
+
+
+def make_question(
+    request: Request,
+    traced: Traced,
+    *,
+    cluster: ClusterSpec | str | PathLike[str],
+    profile: Profile | str | PathLike[str] | None,
+    space: SearchSpace,
+    global_batches: tuple[int, ...] | None = None,
+    given: Plan | None = None,
+) -> Question:
+    """What is to be searched for a traced model: finds the cluster, and measures or derives the profile.
+
+    Args:
+        request: what to plan for.
+        traced: its model.
+        cluster: as `train_step` takes it.
+        profile: as `train_step` takes it.
+        space: which plans count.
+        global_batches: of which the best is taken; None for the request's own.
+        given: a plan to check first, before anything is measured.
+
+    Raises:
+        InputError: when the profile is another model's, or live devices are to be measured that are not.
+        PlanMismatchError: when the given plan is for another model, batch or number of devices.
+    """
+    live = cluster == LIVE
+    spec = resolve_cluster(cluster, cache_dir=request.cache_dir, progress=request.progress)
+    if given is not None:
+        _check_given(given, traced.spec, spec, request.global_batch)
+    return Question(
+        model=traced.spec,
+        cluster=spec,
+        global_batches=global_batches or (request.global_batch,),
+        optimizer=optimizer_memory(request.optimizer, traced.spec),
+        profile=_profile(request, traced, spec, profile, live=live, space=space),
+        memory_bytes=request.memory_bytes,
+        space=space,
+    )
 
 
 def _profile(
@@ -189,13 +220,7 @@ def _profile(
         return measure_profile(
             traced, cluster, request.global_batch, space=space, cache_dir=request.cache_dir, progress=request.progress
         )
-    loaded = profile if isinstance(profile, Profile) else Profile.load(profile)
-    if loaded.model_fingerprint != traced.spec.fingerprint:
-        raise InputError(
-            f"The profile was made for model {loaded.model_fingerprint}, this is {traced.spec.fingerprint} "
-            f"({traced.spec.name}). Profile this model, or leave the profile out."
-        )
-    return loaded
+    return profile if isinstance(profile, Profile) else Profile.load(profile)
 
 
 def _check_given(plan: Plan, model: ModelSpec, cluster: ClusterSpec, global_batch: int) -> None:
@@ -205,17 +230,3 @@ def _check_given(plan: Plan, model: ModelSpec, cluster: ClusterSpec, global_batc
             f"batches of {plan.global_batch}, change global_batch in the plan, or search anew."
         )
     check_plan(plan, model, cluster.num_devices)
-
-
-def _priced(
-    plan: Plan,
-    model: ModelSpec,
-    cluster: ClusterSpec,
-    profile: Profile,
-    optimizer: OptimizerMemory,
-    request: Request,
-) -> Plan:
-    prediction = price_plan(
-        model, plan, cluster=cluster, profile=profile, optimizer=optimizer, memory_bytes=request.memory_bytes
-    )
-    return plan.model_copy(update={"prediction": prediction})

@@ -68,30 +68,53 @@ class Profile:
 class Search:
     """Find the best plan for a model on a cluster, which need not be here.
 
-    Exits 1 when no plan fits the budget, and says by how much.
+    Pipelines are searched too, though what trains for now is one stage: --runnable asks for that. Exits 1 when no plan
+    fits the budget, and says by how much, or when --check finds a faster plan.
 
     For example:
       galvatron-jax search --model llama:llama2-7b --cluster h100x64 --global-batch 512 --out plan.json
-      galvatron-jax search --model gpt2:xl --cluster a100x8 --memory 40GiB --json
+      galvatron-jax search --model gpt2:xl --cluster a100x8 --memory 40GiB --runnable --json
       galvatron-jax search --model mymodels:make_gpt --cluster live --profile measure
+      galvatron-jax search --model runs/quickstart/model.json --cluster cluster.toml --global-batch 64:512:64 --explain
+      galvatron-jax search --model bert:huge-32 --cluster titanrtx8 --sweep memory=8GiB:24GiB:4GiB --sweep devices=4,8
     """
 
     model: str
-    """Model of the zoo (family:size), a .toml file, or module:function of your own."""
+    """Model of the zoo (family:size), a .toml file, module:function of your own, or a saved ModelSpec (.json)."""
     cluster: str
     """Preset (such as h100x64), a ClusterSpec file, or live."""
     memory: str | None = None
     """Budget per device, such as 80GiB; by default all of the device's memory."""
-    global_batch: int = 64
-    """Examples per step."""
+    global_batch: str = "64"
+    """Examples per step; of a list (64,128) or a range (64:512:64), the batch with the most examples per second."""
     num_microbatches: int | None = None
     """Micro-batches per step; left out, the search chooses."""
+    runnable: bool = False
+    """Only plans that the local executor runs: one stage."""
+    pipeline: str | None = None
+    """Numbers of device groups that stages may lie on, such as 1,2,4; left out, all that the cluster makes."""
+    schedules: str | None = None
+    """Schedules of pipelines, such as 1f1b,1f1b-stash,gpipe,interleaved; left out, all of them."""
     optimizer: str = "adamw"
     """Optimizer whose state is counted: adamw, adam, sgd, lion or adafactor."""
     profile: str | None = None
     """measure (live devices only), derive, or a saved profile; by default measured when live, else derived."""
+    time_limit: float | None = None
+    """Seconds after which the best plan so far is taken, marked as not proven; in a sweep, for each of its cells."""
+    explain: bool = False
+    """Show everything: the runners-up part by part, every stage, what the rules removed, what more of each resource
+    would bring."""
+    check: bool = False
+    """Solve the winner's problem once more by an independent solver, and exit 1 if that finds a faster plan."""
+    sweep: Annotated[Repeated, tyro.conf.arg(metavar="QUANTITY=VALUES")] = ()
+    """Search every combination: memory=16GiB:80GiB:8GiB, devices=8,16,32, batch=64,128, intra-bandwidth=x0.5,x1,x2,
+    inter-bandwidth=x1,x2; may be given several times."""
     out: str | None = None
-    """File to write the plan to, .json or .toml."""
+    """File to write the plan to, .json or .toml; of a sweep its table, .csv or .json."""
+    plot: str | None = None
+    """File for a sweep's picture, .png, .svg or .pdf."""
+    timeline: str | None = None
+    """File for the timeline of the plan's schedule: .png, .svg or .pdf, or .json for https://ui.perfetto.dev."""
     virtual_cpus: int = 8
     """Virtual CPU devices for the cluster live, where the machine has no accelerator."""
     json: bool = False

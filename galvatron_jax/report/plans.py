@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from galvatron_jax.report.schedule_picture import timeline_text
 from galvatron_jax.report.text import facts, share, titled
+from galvatron_jax.report.timelines import plan_timeline
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import LayerGroup, MemoryBreakdown, Plan, TimeBreakdown
 from galvatron_jax.spec.strategy import Remat, SequenceParallel
 from galvatron_jax.units import format_bytes, format_seconds
 
+_MOST_GROUPS, _MOST_BLOCKS = 16, 16
+"""Groups of devices, and blocks of each, up to which a timeline is printed as text."""
 _ZERO_STAGES = ("–", "1: optimizer state", "2: + gradients", "3: + parameters")
 
 
@@ -25,16 +29,22 @@ def plan_report(plan: Plan, *, model: ModelSpec | None = None) -> Iterator[Rende
         model: names its layers.
     """
     yield strategy_table(plan, model=model)
-    if plan.prediction is not None:
-        yield time_table(plan)
-        yield memory_table(plan)
+    if plan.prediction is None:
+        return
+    yield time_table(plan)
+    if plan.prediction.stages:
+        yield stage_table(plan)
+        if _fits_a_line(plan):
+            yield timeline_text(plan_timeline(plan))
+    yield memory_table(plan)
 
 
 def plan_title(plan: Plan) -> str:
-    """Model, devices and batch in a line."""
+    """Model, devices, batch and stages in a line."""
     devices = f"{plan.num_devices} device{'s' if plan.num_devices != 1 else ''}"
     cut = f" in {plan.num_microbatches} micro-batches" if plan.num_microbatches > 1 else ""
-    return f"{plan.model} on {devices}, batch {plan.global_batch}{cut}"
+    stages = f", {len(plan.stages)} stages ({plan.schedule})" if len(plan.stages) > 1 else ""
+    return f"{plan.model} on {devices}, batch {plan.global_batch}{cut}{stages}"
 
 
 def strategy_table(plan: Plan, *, model: ModelSpec | None = None) -> Group:
@@ -76,22 +86,63 @@ def time_table(plan: Plan) -> Group:
     return titled(f"Predicted step time ({plan.prediction.provenance} profile): {plan_title(plan)}", table)
 
 
-def memory_table(plan: Plan) -> Group:
-    """The predicted peak per device, a column per stage."""
+def stage_table(plan: Plan) -> Group:
+    """The predicted times of every stage, and the memory of the group of devices that it lies on."""
     assert plan.prediction is not None
-    stages = plan.prediction.memory
+    groups = plan.prediction.memory
+    table = Table()
+    for name in ("stage", "group", "layers"):
+        table.add_column(name, justify="right")
+    for name in ("forward", "backward", "once a step", "busy", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    whole = plan.prediction.time.step_s
+    for number, (stage, time) in enumerate(zip(plan.stages, plan.prediction.stages, strict=True)):
+        group = number % len(groups)
+        busy = plan.num_microbatches * (time.forward_s + time.backward_s) + time.once_s
+        table.add_row(
+            str(number),
+            str(group),
+            _span(stage.groups[0].start, stage.groups[-1].stop),
+            *(format_seconds(seconds) for seconds in (time.forward_s, time.backward_s, time.once_s)),
+            share(busy, whole),
+            format_bytes(groups[group].total_bytes),
+        )
+    return titled(f"Stages (forward and backward of one micro-batch): {plan_title(plan)}", table)
+
+
+def memory_table(plan: Plan) -> Group:
+    """The predicted peak per device; of a pipeline a row per group of devices."""
+    assert plan.prediction is not None
+    if len(plan.prediction.memory) > 1:
+        return _group_memory_table(plan)
+    memory, budget = plan.prediction.largest, plan.prediction.memory_budget_bytes
     table = Table()
     table.add_column("part")
-    for index in range(len(stages)):
-        table.add_column("bytes" if len(stages) == 1 else f"stage {index}", justify="right")
-    for row in zip(*(_memory_parts(stage) for stage in stages), strict=True):
-        table.add_row(row[0][0], *(format_bytes(count) for _, count in row))
+    table.add_column("bytes", justify="right")
+    for name, count in _memory_parts(memory):
+        table.add_row(name, format_bytes(count))
     table.add_section()
-    table.add_row("total", *(format_bytes(stage.total_bytes) for stage in stages), style="bold")
-    budget = plan.prediction.memory_budget_bytes
+    table.add_row("total", format_bytes(memory.total_bytes), style="bold")
     if budget is not None:
-        table.add_row("budget", *(f"{format_bytes(budget)}, {share(s.total_bytes, budget)} used" for s in stages))
+        table.add_row("budget", f"{format_bytes(budget)}, {share(memory.total_bytes, budget)} used")
     return titled(f"Predicted memory per device: {plan_title(plan)}", table)
+
+
+def _group_memory_table(plan: Plan) -> Group:
+    assert plan.prediction is not None
+    budget = plan.prediction.memory_budget_bytes
+    table = Table()
+    for name in ("group", "parameters", "optimizer", "gradients", "activations", "workspace", "other"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("total", justify="right", style="bold", no_wrap=True)
+    if budget is not None:
+        table.add_column("used", justify="right", no_wrap=True)
+    for number, memory in enumerate(plan.prediction.memory):
+        *parts, batch, state = (count for _, count in _memory_parts(memory))
+        cells = [format_bytes(count) for count in (*parts, batch + state, memory.total_bytes)]
+        table.add_row(str(number), *cells, *([] if budget is None else [share(memory.total_bytes, budget)]))
+    of_budget = "" if budget is None else f" of {format_bytes(budget)}"
+    return titled(f"Predicted memory per device{of_budget}: {plan_title(plan)}", table)
 
 
 def plan_facts(plan: Plan) -> Group:
@@ -100,6 +151,7 @@ def plan_facts(plan: Plan) -> Group:
         ("model", f"{plan.model} ({plan.model_fingerprint or 'any model with as many layers'})"),
         ("executor", plan.executor),
         ("schedule", plan.schedule.value),
+        *([("stages lie along", ", ".join(plan.pipeline_axes))] if plan.pipeline_axes else []),
         ("batch split over", ", ".join(plan.batch_axes) or "no axis"),
         *((name, version) for name, version in plan.software.items()),
     ]
@@ -108,7 +160,7 @@ def plan_facts(plan: Plan) -> Group:
 
 def _group_cells(plan: Plan, group: LayerGroup, model: ModelSpec | None) -> list[str]:
     strategy = group.strategy
-    layers = str(group.start) if group.stop - group.start == 1 else f"{group.start}–{group.stop - 1}"
+    layers = _span(group.start, group.stop)
     sequence = "–"
     if strategy.sp_kind is not SequenceParallel.NONE:
         sequence = f"{strategy.sp_kind.value} {_degree(plan, strategy.sp)}"
@@ -121,6 +173,16 @@ def _group_cells(plan: Plan, group: LayerGroup, model: ModelSpec | None) -> list
         _ZERO_STAGES[strategy.zero],
         "–" if strategy.remat is Remat.NONE else strategy.remat.value,
     ]
+
+
+def _span(start: int, stop: int) -> str:
+    return str(start) if stop - start == 1 else f"{start}–{stop - 1}"
+
+
+def _fits_a_line(plan: Plan) -> bool:
+    """Whether the timeline of the schedule is readable as text."""
+    blocks = plan.num_microbatches * len(plan.stages) // plan.pipeline_degree
+    return plan.pipeline_degree <= _MOST_GROUPS and blocks <= _MOST_BLOCKS
 
 
 def _group_name(group: LayerGroup, model: ModelSpec | None) -> str:

@@ -35,7 +35,7 @@ def runners_up_table(result: SearchResult) -> Group:
     table.add_column("memory per device", justify="right")
     table.add_column("why not")
     for other in result.runners_up:
-        memory = max(stage.total_bytes for stage in other.prediction.memory)
+        memory = other.prediction.largest.total_bytes
         step = format_seconds(other.prediction.time.step_s)
         table.add_row(other.family, step, format_bytes(memory), other.reason(result.prediction))
     return titled(f"Runners-up: {plan_title(result.plan)}", table)
@@ -43,14 +43,22 @@ def runners_up_table(result: SearchResult) -> Group:
 
 def reasons(result: SearchResult) -> str:
     """What bounds the plan, what more memory would bring, and how sure the search is."""
-    statistics, step_s = result.statistics, result.prediction.time.step_s
-    gain = 1 - statistics.unlimited_s / step_s if step_s else 0.0
-    memory = "Memory does not bind: more of it would not make the step faster."
-    if gain > 1e-9:
-        faster = format_seconds(statistics.unlimited_s)
-        memory = f"Memory binds: with more of it a step could take {faster} ({gain:.1%} less)."
-    proof = "nothing better exists in the search space" if statistics.proven else "the best found in the time given"
+    statistics = result.statistics
+    proof = "nothing better exists in the search space"
+    if not statistics.proven:
+        proof = f"the best found, not proven; no plan is more than {statistics.gap:.1%} faster"
     return (
-        f"Most of the step is {result.bound_by}. {memory} Searched {statistics.problems} combinations and "
-        f"{statistics.options} options in {format_seconds(statistics.seconds)}: by the cost model, {proof}."
+        f"Most of the step is {result.bound_by}. {_memory_reason(result)}Searched {statistics.problems} combinations "
+        f"and {statistics.options} options in {format_seconds(statistics.seconds)}: by the cost model, {proof}."
     )
+
+
+def _memory_reason(result: SearchResult) -> str:
+    """Whether memory binds, as far as the search of one stage tells; of pipelines it does not say."""
+    step_s, unlimited_s = result.prediction.time.step_s, result.statistics.unlimited_s
+    gain = 1 - unlimited_s / step_s if step_s else 0.0
+    pipeline = len(result.plan.stages) > 1
+    if gain > 1e-9 and unlimited_s:
+        alone = "a step of one stage" if pipeline else "a step"
+        return f"Memory binds: with more of it {alone} could take {format_seconds(unlimited_s)} ({gain:.1%} less). "
+    return "" if pipeline else "Memory does not bind: more of it would not make the step faster. "
