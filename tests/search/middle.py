@@ -1,12 +1,13 @@
-"""Pipelines of middle size with the trade-offs of real ones: tensor parallelism, ZeRO, rematerialisation."""
+"""Pipelines and chains of middle size with the trade-offs of real ones: tensor parallelism, ZeRO, rematerialisation."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from galvatron_jax.search.chain import Chain, Options
 from galvatron_jax.search.pipeline import Cut, Held, Pipeline, StageOptions, Tie, evaluate
 from galvatron_jax.spec.plan import Schedule
 from galvatron_jax.spec.strategy import LayerStrategy
@@ -133,3 +134,33 @@ def _budget(problem: Pipeline, share: float) -> int:
         fast.append(int(np.argmin(options.forward_s + options.backward_s)))
     least, most = (max(evaluate(problem, starts, tuple(choice)).bytes) for choice in (small, fast))
     return int(least + share * max(0, most - least)) + problem.fixed_bytes
+
+
+def middle_chain(seed: int) -> tuple[Chain, int]:
+    """24 to 32 layers of two kinds on one group of eight devices, some with two variants of tied parameters."""
+    rng = np.random.default_rng(seed)
+    problem, _ = middle_pipeline(seed)
+    microbatches, size = problem.num_microbatches, len(problem.layers[0])
+    variants = int(rng.integers(1, 3))
+    admitted = np.ones((variants, size), bool)
+    admitted[0, ::2] = variants == 1
+    made = {id(layer): _chain_options(layer, microbatches, np.ones((variants, size), bool)) for layer in problem.layers}
+    layers = [made[id(layer)] for layer in problem.layers]
+    # The first layer and the last share parameters: what one may choose depends on the other.
+    layers[0], layers[-1] = replace(layers[0], admitted=admitted), replace(layers[-1], admitted=admitted)
+    chain = Chain(tuple(layers), tuple(microbatches * moves.sum(-1) for moves in problem.moves))
+    small = sum(int((layer.resident_bytes + layer.workspace_bytes).min()) for layer in layers)
+    fast = sum(int(layer.resident_bytes[np.argmin(layer.seconds)]) for layer in layers)
+    return chain, int(small + float(rng.choice([0.08, 0.2, 0.4, 0.7])) * max(0, fast - small))
+
+
+def _chain_options(options: StageOptions, microbatches: int, admitted: np.ndarray) -> Options:
+    return Options(
+        strategies=options.strategies,
+        seconds=microbatches * (options.forward_s + options.backward_s) + options.once_s,
+        resident_bytes=options.static_bytes + options.residual_bytes,
+        workspace_bytes=options.workspace_bytes,
+        boundary=options.boundary,
+        num_classes=options.num_classes,
+        admitted=admitted,
+    )
