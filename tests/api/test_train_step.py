@@ -201,6 +201,16 @@ def test_a_plan_for_another_model_or_batch_says_what_differs(step):
         build(plan=step.plan, cluster=cluster_of(4))
 
 
+def test_a_plan_of_several_stages_is_refused_before_anything_is_measured(step):
+    (stage,) = step.plan.stages
+    strategy = LayerStrategy(dp=("b", "c"))
+    halves = tuple(Stage(groups=(LayerGroup(start=a, stop=a + 2, strategy=strategy),)) for a in (0, 2))
+    changes = {"stages": halves, "pipeline_axes": ("a",), "batch_axes": ("b",), "schedule": "1f1b"}
+    assert stage.groups[-1].stop == 4
+    with pytest.raises(PlanMismatchError, match="has 2 pipeline stages, but the executor 'local' runs one stage only"):
+        build(plan=step.plan.model_copy(update=changes))
+
+
 def test_a_budget_too_small_is_infeasible():
     with pytest.raises(InfeasibleError):
         build(memory_per_device="1KiB")

@@ -13,7 +13,7 @@ from galvatron_jax.spec.plan import Plan
 from galvatron_jax.spec.presets import cluster_preset
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.toml")
-SEARCH = ["search", "--model", "gpt2:tiny", "--cluster", "h100x8", "--global-batch", "16"]
+SEARCH = ["search", "--model", "gpt2:tiny", "--cluster", "h100x8", "--global-batch", "16", "--runnable"]
 FACTORY = """
 import jax, jax.numpy as jnp
 from flax import nnx
