@@ -69,7 +69,7 @@ class Search:
     """Find the best plan for a model on a cluster, which need not be here.
 
     Pipelines are searched too, though what trains for now is one stage: --runnable asks for that. Exits 1 when no plan
-    fits the budget, and says by how much, or when --check finds a faster plan.
+    fits the budget (of a sweep: any), and says by how much, or when --check finds a faster plan.
 
     For example:
       galvatron-jax search --model llama:llama2-7b --cluster h100x64 --global-batch 512 --out plan.json

@@ -34,7 +34,7 @@ def run(arguments: Search, output: Output) -> int:
     """Searches, prints what was found and why, and saves it.
 
     Returns:
-        0 when done, 1 when `--check` found a faster plan.
+        0 when done, 1 when `--check` found a faster plan, or nothing fits in any cell of a sweep.
 
     Raises:
         InfeasibleError: when no plan fits the budget.
@@ -90,7 +90,7 @@ def _sweep(arguments: Search, question: Question, axes: tuple[SweepAxis, ...], o
         save_figure(sweep_figure(sweep), arguments.plot)
         output.say(f"Picture written to {arguments.plot}")
     output.result({"model": question.model.name, "cluster": question.cluster.name, "sweep": sweep.records()})
-    return DONE
+    return DONE if any(cell.result is not None for cell in sweep.cells) else FAILED
 
 
 @contextmanager

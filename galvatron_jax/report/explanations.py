@@ -9,7 +9,7 @@ from rich.table import Table
 
 from galvatron_jax.report.plans import plan_report, plan_title
 from galvatron_jax.report.searches import reasons
-from galvatron_jax.report.text import titled
+from galvatron_jax.report.text import per_second, titled
 from galvatron_jax.search import Rule, SearchResult
 from galvatron_jax.search.sensitivity import Sensitivity, binding
 from galvatron_jax.search.space import HEURISTICS
@@ -22,6 +22,7 @@ _REMOVES = {
     Rule.SP_WITHOUT_SEQUENCE: "sequence parallelism over more devices than the sequence divides into",
     Rule.ZERO_WITHOUT_PARAMETERS: "ZeRO for layers without parameters",
     Rule.DOMINATED: "strategies that another one beats in seconds and in bytes",
+    Rule.WORK: "numbers of micro-batches, stages and schedules whose computation alone takes longer than the best",
     Rule.TP_ACROSS_NODES: "tensor and sequence parallelism across nodes",
     Rule.ULYSSES_WITH_TP: "Ulysses together with tensor parallelism in one layer",
     Rule.MICROBATCHES_ON_DEMAND: "numbers of micro-batches beyond those with which the fastest plan fits",
@@ -73,7 +74,7 @@ def rules_table(result: SearchResult) -> Group:
     table.add_column("may lose the best")
     for name, count in result.statistics.pruned:
         rule = Rule(name)
-        table.add_row(name, f"{count:,}", _REMOVES.get(rule, ""), "yes" if rule in HEURISTICS else "no")
+        table.add_row(name, f"{count:,}", _REMOVES[rule], "yes" if rule in HEURISTICS else "no")
     return titled(f"Pruning rules: {plan_title(result.plan)}", table)
 
 
@@ -84,12 +85,12 @@ def sensitivity_table(result: SearchResult, found: tuple[Sensitivity, ...]) -> G
     table.add_column("examples/s", justify="right")
     table.add_column("gain", justify="right")
     table.add_column("")
-    table.add_row("what there is", f"{result.examples_per_s:,.1f}", "", "")
+    table.add_row("what there is", per_second(result.examples_per_s), "", "")
     for one in found:
         if one.plan is None:
             table.add_row(one.change, "–", "–", one.note)
         else:
-            table.add_row(one.change, f"{one.examples_per_s:,.1f}", f"{one.gain:+.1%}", _proof(one, result))
+            table.add_row(one.change, per_second(one.examples_per_s), f"{one.gain:+.1%}", _proof(one, result))
     return titled(f"With more of each: {plan_title(result.plan)}", table)
 
 
@@ -100,7 +101,7 @@ def what_binds(result: SearchResult, found: tuple[Sensitivity, ...]) -> str:
         return f"Nothing of these binds: most of the step is {result.bound_by}, on the devices that there are."
     first, *others = [f"{one.resource} ({one.gain:+.1%} examples/s with {one.change})" for one in binds]
     also = f" Then {', '.join(others)}." if others else ""
-    return f"What binds most is {first}.{also}"
+    return f"What binds most: {first}.{also}"
 
 
 def _proof(one: Sensitivity, result: SearchResult) -> str:

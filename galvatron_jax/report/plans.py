@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from galvatron_jax.report.schedule_picture import timeline_text
-from galvatron_jax.report.text import facts, share, titled
+from galvatron_jax.report.text import facts, per_second, share, titled
 from galvatron_jax.report.timelines import plan_timeline
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import LayerGroup, MemoryBreakdown, Plan, TimeBreakdown
@@ -81,7 +81,7 @@ def time_table(plan: Plan) -> Group:
     for row in rows:
         table.add_row(*row)
     table.add_section()
-    rate = f"{plan.global_batch / whole:,.1f} examples/s" if whole else "–"
+    rate = f"{per_second(plan.global_batch / whole)} examples/s" if whole else "–"
     table.add_row("step", format_seconds(whole), rate, style="bold")
     return titled(f"Predicted step time ({plan.prediction.provenance} profile): {plan_title(plan)}", table)
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from galvatron_jax.errors import InputError
 from galvatron_jax.report.figures import check_figure
-from galvatron_jax.report.text import titled
+from galvatron_jax.report.text import per_second, titled
 from galvatron_jax.search.sweeps import Quantity, Sweep, SweepAxis, SweepCell
 from galvatron_jax.spec.plan import Plan
 from galvatron_jax.spec.strategy import Remat
@@ -148,7 +148,7 @@ def _cells(cell: SweepCell) -> list[str]:
     proof = "" if result.statistics.proven else f" (at most {result.statistics.gap:.0%} faster is possible)"
     return [
         format_seconds(result.prediction.time.step_s),
-        f"{result.examples_per_s:,.1f}",
+        per_second(result.examples_per_s),
         format_bytes(result.prediction.largest.total_bytes),
         describe_plan(result.plan) + proof,
     ]

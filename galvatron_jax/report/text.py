@@ -51,3 +51,13 @@ def share(part: float, whole: float) -> str:
         '25 %'
     """
     return f"{100 * part / whole:.0f} %" if whole else "–"
+
+
+def per_second(rate: float) -> str:
+    """A number of things per second, to at least three digits.
+
+    Example:
+        >>> per_second(274161.5), per_second(1.3994)
+        ('274,162', '1.399')
+    """
+    return f"{rate:,.0f}" if rate >= 1000 else f"{rate:.4g}"

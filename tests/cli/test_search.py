@@ -174,6 +174,12 @@ def test_a_sweep_prints_a_table_and_writes_it(search, tmp_path):
     assert [cell["fits"] for cell in document["sweep"]] == [row["fits"] == "True" for row in rows]
 
 
+def test_a_sweep_in_which_nothing_fits_exits_1(search):
+    code, out, _ = search("--runnable", "--sweep", "memory=1KiB,2KiB")
+    assert code == 1
+    assert out.count("nothing fits: the nearest plan") == 2
+
+
 def test_a_sweep_is_drawn(search, tmp_path):
     pytest.importorskip("matplotlib")
     arguments = ["--runnable", "--sweep", "batch=8,16", "--sweep", "intra-bandwidth=x1,x2"]

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 
 from galvatron_jax.errors import InputError
-from galvatron_jax.report.explanations import explanation, what_binds
+from galvatron_jax.report.explanations import explanation, rules_table, what_binds
 from galvatron_jax.report.plans import plan_report
 from galvatron_jax.report.searches import search_report
 from galvatron_jax.report.sweeps import describe_plan, save_sweep, sweep_figure, sweep_table, sweep_title
 from galvatron_jax.report.text import render
 from galvatron_jax.report.timelines import plan_timeline
+from galvatron_jax.search import Rule
 from galvatron_jax.search.sensitivity import Sensitivity, sensitivities
 from galvatron_jax.search.sweeps import Quantity, SweepAxis, run_sweep
 from tests.search.questions import PIPELINES, question
@@ -60,13 +61,19 @@ def test_explanations_hold_every_part(found):
     assert "twice the bandwidth between nodes" in text
 
 
+def test_every_rule_says_what_it_removes(found):
+    pruned = tuple((rule.value, 1) for rule in Rule)
+    text = render([rules_table(replace(found, statistics=replace(found.statistics, pruned=pruned)))])
+    assert all(rule in text for rule in Rule)
+
+
 def test_what_binds_is_said_with_the_largest_gain_first(found):
     memory, links = (
         Sensitivity(resource, change, 1.0, gain, found.plan, True)
         for resource, change, gain in (("memory", "1 GiB more", 0.02), ("link in a node", "twice of it", 0.3))
     )
     assert what_binds(found, (memory, links)) == (
-        "What binds most is link in a node (+30.0% examples/s with twice of it). "
+        "What binds most: link in a node (+30.0% examples/s with twice of it). "
         "Then memory (+2.0% examples/s with 1 GiB more)."
     )
     nothing = what_binds(found, (replace(memory, gain=0.0),))
