@@ -132,8 +132,8 @@ def run_sweep(
     Args:
         question: what is asked in every cell but for its own values.
         axes: what varies.
-        time_limit_s: for each cell; a cell whose search was cut short takes the plan of one with less memory where
-            that is faster.
+        time_limit_s: for each cell; a cell whose search was cut short takes the plan of another budget where that
+            fits and is faster.
         progress: told which cell is next.
 
     Raises:
@@ -149,7 +149,7 @@ def run_sweep(
         if progress is not None:
             progress(number, len(questions), cell_name(axes, values))
         cells.append(_answered(values, asked, time_limit_s))
-    return Sweep(question, axes, _with_plans_for_less(axes, cells))
+    return Sweep(question, axes, _best_known(axes, cells))
 
 
 def cell_name(axes: tuple[SweepAxis, ...], values: tuple[float, ...]) -> str:
@@ -206,22 +206,30 @@ def _answered(values: tuple[float, ...], question: Question, time_limit_s: float
         return SweepCell(values, question, None, str(error))
 
 
-def _with_plans_for_less(axes: tuple[SweepAxis, ...], cells: list[SweepCell]) -> tuple[SweepCell, ...]:
-    """Where a search was cut short, the fastest plan known: a plan that fits in less memory fits in more."""
+def _best_known(axes: tuple[SweepAxis, ...], cells: list[SweepCell]) -> tuple[SweepCell, ...]:
+    """Where a search was cut short, the fastest plan known: what another budget gave may fit in this one too."""
     place = next((index for index, axis in enumerate(axes) if axis.quantity is Quantity.MEMORY), None)
     if place is None:
         return tuple(cells)
-    best: dict[tuple, SearchResult] = {}
-    replaced: dict[tuple, SweepCell] = {}
-    for cell in sorted(cells, key=lambda cell: cell.values[place]):
-        others = cell.values[:place] + cell.values[place + 1 :]
-        known, found = best.get(others), cell.result
-        if known is not None and found is not None and known.examples_per_s > found.examples_per_s:
-            found = _instead(found, known.plan, cell.question)
-        if found is not None:
-            best[others] = found
-        replaced[cell.values] = replace(cell, result=found)
-    return tuple(replaced[cell.values] for cell in cells)
+    rivals: dict[tuple, list[SearchResult]] = {}
+    for cell in cells:
+        if cell.result is not None:
+            rivals.setdefault(_others(cell, place), []).append(cell.result)
+    return tuple(_improved(cell, rivals.get(_others(cell, place), [])) for cell in cells)
+
+
+def _others(cell: SweepCell, place: int) -> tuple[float, ...]:
+    """A cell's values but one."""
+    return cell.values[:place] + cell.values[place + 1 :]
+
+
+def _improved(cell: SweepCell, rivals: list[SearchResult]) -> SweepCell:
+    """The cell with the fastest plan of its rivals that fits, where that is faster than its own."""
+    fitting = [one for one in rivals if one.prediction.largest.total_bytes <= cell.question.budget_bytes]
+    best = max(fitting, key=lambda one: one.examples_per_s, default=None)
+    if cell.result is None or best is None or best.examples_per_s <= cell.result.examples_per_s:
+        return cell
+    return replace(cell, result=_instead(cell.result, best.plan, cell.question))
 
 
 def _instead(found: SearchResult, plan: Plan, question: Question) -> SearchResult:

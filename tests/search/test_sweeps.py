@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from galvatron_jax.errors import InputError
-from galvatron_jax.search.sweeps import Quantity, SweepAxis, SweepCell, _with_plans_for_less, run_sweep
+from galvatron_jax.search.sweeps import Quantity, SweepAxis, SweepCell, _best_known, run_sweep
 from tests.search.fake import cluster
 from tests.search.questions import question
 
@@ -59,7 +59,7 @@ def test_more_memory_and_faster_links_are_never_slower() -> None:
     assert rates == sorted(rates)
 
 
-def test_where_a_search_was_cut_short_a_plan_for_less_memory_counts() -> None:
+def test_where_a_search_was_cut_short_a_plan_found_with_another_budget_counts() -> None:
     sweep = run_sweep(question(), (SweepAxis(Quantity.MEMORY, (200_000, 2**30)),))
     tight, ample = sweep.cells
     assert tight.result is not None
@@ -68,11 +68,14 @@ def test_where_a_search_was_cut_short_a_plan_for_less_memory_counts() -> None:
     slow = poor.prediction.model_copy(update={"time": poor.prediction.time.model_copy(update={"step_s": 1.0})})
     found = replace(poor, plan=poor.plan.model_copy(update={"prediction": slow}))
     cut_short = SweepCell(ample.values, ample.question, found)
-    _, better = _with_plans_for_less(sweep.axes, [tight, cut_short])
+    _, better = _best_known(sweep.axes, [tight, cut_short])
     assert better.result is not None
     assert better.result.plan.strategies == tight.result.plan.strategies
     assert better.result.prediction.memory_budget_bytes == 2**30
     assert better.result.prediction.time.step_s == tight.result.prediction.time.step_s
+    # A plan that does not fit does not count, however fast.
+    assert poor.prediction.largest.total_bytes > 200_000
+    assert _best_known(sweep.axes, [tight, ample])[0] == tight
 
 
 @pytest.mark.parametrize(
