@@ -102,11 +102,16 @@ _FAMILIES = {
             memory_bandwidth_bytes_per_s=672e9,
         ),
         intra=Link(name="PCIe 3.0 x16", latency_s=_PCIE_LATENCY_S, bandwidth_bytes_per_s=15.75e9),
-        inter=None,
+        inter=Link(
+            name=f"InfiniBand EDR, 100 Gbit/s for the {NODE_SIZE} GPUs of a node",
+            latency_s=_NETWORK_LATENCY_S,
+            bandwidth_bytes_per_s=12.5e9 / NODE_SIZE,
+        ),
         source=(
             "NVIDIA TITAN RTX product page, https://www.nvidia.com/en-us/deep-learning-ai/products/titan-rtx/: 24 GB, "
             "672 GB/s, FP32 16.3 and tensor FP16 130.5 TFLOP/s; PCI Express 3.0: 8 GT/s x 16 lanes x 128/130. "
-            f"No NVLink bridge; {_NCCL}"
+            "No NVLink bridge. Nodes are joined as in Miao et al., 'Galvatron', VLDB 2023, "
+            f"https://arxiv.org/abs/2211.13878: 100 Gbit/s InfiniBand, taken as one port per node; {_NCCL}"
         ),
     ),
     "rtx4090x": _Family(

@@ -64,6 +64,6 @@ def test_devices_that_cannot_be_are_noted() -> None:
     assert found["devices"].plan is None
     assert "has no link between nodes" in found["devices"].note
     assert found["devices"].gain == 0
-    preset = question(cluster=cluster_preset("titanrtx8"))
+    preset = question(cluster=cluster_preset("rtx4090x8"))
     _, found = found_for(preset)
-    assert "No cluster preset 'titanrtx16'" in found["devices"].note
+    assert "No cluster preset 'rtx4090x16'" in found["devices"].note

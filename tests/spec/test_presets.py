@@ -23,6 +23,11 @@ def test_data_centre_presets_reach_128_nodes(family):
     assert cluster.inter.bandwidth_bytes_per_s < cluster.intra.bandwidth_bytes_per_s
 
 
+def test_workstation_nodes_share_one_network_port():
+    inter = cluster_preset("titanrtx16").inter
+    assert inter.bandwidth_bytes_per_s * 8 == 100e9 / 8  # bytes of eight devices, bits of the port
+
+
 @pytest.mark.parametrize(
     ("name", "figures"),
     [
@@ -51,7 +56,7 @@ def test_figures_are_the_datasheets(name, figures):
         ("h100", "No cluster preset 'h100'. Did you mean 'h100x"),
         ("h100x12", "or full nodes of 8 up to 1024 devices. Nearest: h100x8 and h100x16."),
         ("h100x2048", "Nearest: h100x1016 and h100x1024."),
-        ("titanrtx8000", "Nearest: titanrtx4 and titanrtx8."),
+        ("titanrtx8000", "Nearest: titanrtx1016 and titanrtx1024."),
         ("rtx4090x16", "up to 8 devices. Nearest: rtx4090x4 and rtx4090x8."),
         ("???", "Presets: a100x1 to a100x1024, h100x1 to h100x1024"),
         ("h100x0", "No cluster preset 'h100x0'."),
