@@ -1,4 +1,4 @@
-"""Searches once, on one core and without JAX: `time_search.py SPEC CLUSTER BATCH [--memory BYTES] [--limit S] [--sample]`.
+"""Searches once, on one core and without JAX: `time_search.py SPEC CLUSTER BATCH [--memory BYTES] [--limit S] …`.
 
 Prints one JSON object: CPU seconds of the search, peak memory of the process, and what was found. Reading the spec is
 not part of the time. With `--sample` it also tells where the time goes, by looking at the stack every few milliseconds
