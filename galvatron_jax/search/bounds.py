@@ -115,8 +115,15 @@ class Bounds:
         """Seconds of the step that the layers from `layer` cost at least, shared out evenly."""
         if stage == self.problem.num_stages:
             return 0.0
-        forward, backward = (share[stage:].min() for share in self.share)
-        own = forward * (self.forward[-1] - self.forward[layer]) + backward * (self.backward[-1] - self.backward[layer])
+        forward, backward = (share[stage:].copy() for share in self.share)
+        least = backward.min()
+        if self.problem.recomputes:
+            # The last stage's forward is part of its backward; others repeat it there, at the same place as theirs.
+            forward[-1] = 0.0
+            extra = max(0.0, (forward + backward).min() - least)
+        else:
+            extra = forward.min()
+        own = extra * (self.forward[-1] - self.forward[layer]) + least * (self.backward[-1] - self.backward[layer])
         return float(own)
 
     # ------------------------------------------------------------------------------------------ of stages
@@ -139,8 +146,25 @@ class Bounds:
         count = self.problem.num_microbatches
         if self.problem.num_chunks > 1:
             return max(count * busy_s, self.work(0, 0), self.total_s * min(share.min() for share in self.share))
+        return self._with_longest(max(busy_s, self._turn_s))
+
+    def _with_longest(self, busy_s: float) -> float:
+        """Of the whole step, when the slowest stage works just so long on a micro-batch: a convex function of it."""
         steady, weight = self._ramp
-        return max(count * busy_s, steady * busy_s + _cheapest_spread(weight, self.total_s, busy_s))
+        spread = _cheapest_spread(weight, self.total_s, busy_s)
+        return max(self.problem.num_microbatches * busy_s, steady * busy_s + spread)
+
+    @cached_property
+    def _turn_s(self) -> float:
+        """Work of the slowest stage at which the bound is least.
+
+        Below it, a slower stage leaves room to move work to where the other ticks cost less.
+        """
+        low, high = self.total_s / self.problem.num_stages, self.total_s
+        for _ in range(100):
+            left, right = low + (high - low) / 3, high - (high - low) / 3
+            low, high = (low, right) if self._with_longest(left) <= self._with_longest(right) else (left, high)
+        return low
 
     @cached_property
     def total_s(self) -> float:
@@ -226,14 +250,13 @@ def _cheapest_spread(weight: np.ndarray, total: float, most: float) -> float:
 
 def _layer_table(problem: Pipeline, layer: int) -> np.ndarray:
     """A layer's options: forward, backward (recomputation included), once, static and residual bytes."""
-    options = problem.layers[layer]
-    backward = options.backward_s + (options.forward_s if problem.recomputes else 0.0)
-    repeat = problem.repeats[layer]
-    static = options.static_bytes
-    once = options.once_s
-    if repeat is not None:
-        static, once = np.minimum(static, repeat.static_bytes), np.minimum(once, repeat.once_s)
-    return np.stack([options.forward_s, backward, once, static, options.residual_bytes], axis=1)
+    parts = [part for part in (problem.layers[layer], problem.repeats[layer]) if part is not None]
+    rows = []
+    for options in parts:
+        backward = options.backward_s + (options.forward_s if problem.recomputes else 0.0)
+        columns = [options.forward_s, backward, options.once_s, options.static_bytes, options.residual_bytes]
+        rows.append(np.stack(columns, axis=1))
+    return np.concatenate(rows)
 
 
 def _running(values: list[float]) -> np.ndarray:

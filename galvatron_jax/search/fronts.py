@@ -209,7 +209,7 @@ class FrontBuilder:
         last = stop == len(problem.layers)
         recomputed = columns[:, FORWARD].copy()
         if not last:
-            columns[:, :2] += problem.layers[stop - 1].leave_s[labels.classes]
+            columns[:, :2] += problem.options(stop - 1, start).leave_s[labels.classes]
             columns[:, FORWARD] += problem.cuts[stop].forward_s
         columns[:, BACKWARD] += problem.cuts[start].backward_s
         columns[:, ONCE] += problem.exchange_s(start, stop)

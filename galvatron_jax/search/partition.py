@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from galvatron_jax.search.bounds import Bounds
+from galvatron_jax.search.exchange import exchange
 from galvatron_jax.search.fronts import FrontBuilder, Limits, StageFront, pareto
 from galvatron_jax.search.pipeline import Pipeline, PipelineSolution, evaluate
-from galvatron_jax.search.sketch import SketchBuilder, polish
+from galvatron_jax.search.polish import polish
+from galvatron_jax.search.sketch import SketchBuilder
 
 TOLERANCE = 1e-12
 """Relative difference of seconds that counts as none: rounding of sums in another order."""
@@ -284,10 +286,21 @@ class _Search:
         for aim in self._aims(upper_s):
             best = self._attempt(aim, builder).best
             if best is not None and self.problem.num_chunks == 1:
-                return polish(self.problem, best, budget_bytes=self.budget_bytes)
+                return self._better(best, builder)
             if best is not None:
                 return best
         return None
+
+    def _better(self, found: PipelineSolution, builder: SketchBuilder) -> PipelineSolution:
+        """The solution with better options, and with its cuts moved by a layer while that helps."""
+        limits = {"budget_bytes": self.budget_bytes, "deadline": self.deadline}
+        found = exchange(self.problem, polish(self.problem, found, **limits), **limits)
+        while True:
+            moved = [exchange(self.problem, other, **limits) for other in builder.neighbours(found)]
+            best = min(moved, key=lambda other: other.seconds, default=found)
+            if best.seconds >= found.seconds * (1 - TOLERANCE):
+                return found
+            found = exchange(self.problem, polish(self.problem, best, **limits), **limits)
 
     def exact(self, upper_s: float) -> tuple[PipelineSolution | None, float]:
         """The optimum if it is faster than `upper_s`; or, where that takes too many labels, what no solution undercuts.

@@ -2,11 +2,12 @@
 
 For every price, one cheapest path runs through all layers. A stage takes a piece of one path, or begins on the path of
 one price and ends on that of the next, wherever that just fits. What comes out is within a layer's change of option of
-the optimum; `polish` then solves the stages of one cut exactly, by the layer search.
+the optimum; `polish` then seeks better options for the stages of one cut.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +15,6 @@ import numpy as np
 from galvatron_jax.search.bounds import Bounds
 from galvatron_jax.search.chain import Chain, Options
 from galvatron_jax.search.fronts import StageFront
-from galvatron_jax.search.layers import solve
 from galvatron_jax.search.pipeline import Pipeline, PipelineSolution, StageOptions, evaluate, sum_stage
 from galvatron_jax.search.relaxation import Cases, shortest_paths
 
@@ -54,6 +54,25 @@ class SketchBuilder:
             self.grown += 1
         return self._fronts[key]
 
+    def neighbours(self, found: PipelineSolution) -> Iterator[PipelineSolution]:
+        """A solution with one cut moved by a layer, the stages beside it sketched anew; where that fits."""
+        count = len(self.problem.layers)
+        for cut in range(1, len(found.starts)):
+            for step in (-1, 1):
+                starts = list(found.starts)
+                starts[cut] += step
+                ends = (*starts, count)
+                if not ends[cut - 1] < ends[cut] < ends[cut + 1]:
+                    continue
+                fronts = [self.front(stage, ends[stage], ends[stage + 1]) for stage in (cut - 1, cut)]
+                if not all(len(front) for front in fronts):
+                    continue
+                between = fronts[0].options[0] + fronts[1].options[0]
+                options = found.options[: ends[cut - 1]] + between + found.options[ends[cut + 1] :]
+                moved = evaluate(self.problem, tuple(starts), options)
+                if max(moved.bytes) <= self.budget_bytes:
+                    yield moved
+
     @property
     def _weight(self) -> np.ndarray:
         """Seconds of a step per second forward and backward of its slowest stage."""
@@ -68,7 +87,7 @@ class SketchBuilder:
 
     def _seek(self, stage: int, kept: int) -> _Paths:
         problem = self.problem
-        chain = chain_of(problem, kept, self._weight, 0, len(problem.layers))
+        chain = chain_of(problem, kept, np.array([*self._weight, 1.0]), 0, len(problem.layers))
         sizes = np.unique(np.concatenate([layer.workspace_bytes for layer in chain.layers]))
         floor = max(int(layer.workspace_bytes.min()) for layer in chain.layers)
         sizes = sizes[sizes >= floor]
@@ -154,32 +173,16 @@ class SketchBuilder:
         )
 
 
-def polish(problem: Pipeline, found: PipelineSolution, *, budget_bytes: float) -> PipelineSolution:
-    """Solves each stage of a solution by itself, for the seconds of a step whose slowest it is; keeps what is better.
+def chain_of(problem: Pipeline, kept: int, weight: np.ndarray, start: int, stop: int) -> Chain:
+    """Some layers as the chain of one stage.
 
     Args:
-        problem: with one virtual stage per group.
-        found: the solution.
-        budget_bytes: per device, without `Pipeline.fixed_bytes`.
+        problem: the problem; no layer of the stage may share a parameter with an earlier one of it.
+        kept: micro-batches whose residuals the stage holds.
+        weight: seconds of the chain per second forward, backward and once a step. float64[3]
+        start: first layer.
+        stop: layer after the last.
     """
-    weight = problem.num_microbatches * np.array([2.0 if problem.recomputes else 1.0, 1.0])
-    stops = (*found.starts[1:], len(problem.layers))
-    for stage, (start, stop) in enumerate(zip(found.starts, stops, strict=True)):
-        if any(problem.options(layer, start) is not problem.layers[layer] for layer in range(start, stop)):
-            continue
-        chain = chain_of(problem, problem.residuals_kept(stage), weight, start, stop)
-        limit = int(budget_bytes) - problem.kept_bytes(stage, start, stop)
-        solution = solve(chain, budget_bytes=limit).solution
-        if solution is not None:
-            options = found.options[:start] + solution.options + found.options[stop:]
-            better = evaluate(problem, found.starts, options)
-            if better.seconds < found.seconds:
-                found = better
-    return found
-
-
-def chain_of(problem: Pipeline, kept: int, weight: np.ndarray, start: int, stop: int) -> Chain:
-    """Some layers as the chain of one stage, in seconds of a step whose slowest stage it is."""
     made: dict[tuple[int, bool, bool], Options] = {}
     layers = []
     for index in range(start, stop):
@@ -188,7 +191,7 @@ def chain_of(problem: Pipeline, kept: int, weight: np.ndarray, start: int, stop:
         if key not in made:
             made[key] = _chain_options(options, kept, weight, enters=key[1], leaves=key[2])
         layers.append(made[key])
-    return Chain(tuple(layers), tuple(moves @ weight for moves in problem.moves[start : stop - 1]))
+    return Chain(tuple(layers), tuple(moves @ weight[:2] for moves in problem.moves[start : stop - 1]))
 
 
 def _chain_options(options: StageOptions, kept: int, weight: np.ndarray, *, enters: bool, leaves: bool) -> Options:
@@ -199,7 +202,7 @@ def _chain_options(options: StageOptions, kept: int, weight: np.ndarray, *, ente
         times = times + options.leave_s[options.boundary]
     return Options(
         options.strategies,
-        times @ weight + options.once_s,
+        times @ weight[:2] + weight[2] * options.once_s,
         _resident(options, kept),
         options.workspace_bytes,
         options.boundary,
