@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -28,12 +26,6 @@ SLOWER = {7: 4.1e-3, 12: 4.5e-3, 17: 1.5e-4, 18: 6.3e-3, 20: 1.4e-3, 21: 3.4e-3,
 """Seeds at which the solver, which gives up exactness there and says so, loses more than the gap; and how much."""
 SEEDS = st.integers(0, 2**32 - 1)
 FEW = settings(max_examples=100, deadline=None, derandomize=True, database=None)
-
-
-def middle_seeds(seeds: Iterable[int]) -> list:
-    """Parameters of a test, with a mark where the solver is not yet within the gap."""
-    slower = pytest.mark.xfail(reason="the solver's sketch is slower than the optimum", strict=False)
-    return [pytest.param(seed, marks=slower if seed in SLOWER else ()) for seed in sorted(seeds)]
 
 
 # ---------------------------------------------------------------------------------------------- small
@@ -84,7 +76,7 @@ def test_without_time_nothing_is_found_and_nothing_claimed() -> None:
 
 
 def check_pipeline(seed: int) -> None:
-    """The solver is as fast as the program's optimum, and not faster than possible."""
+    """The solver's plan is as fast as the program's optimum, but for the losses known, and not faster than possible."""
     problem, budget = middle_pipeline(seed)
     assert len(problem.layers) >= 24
     assert all(len(layer) >= 20 for layer in problem.layers)
@@ -93,17 +85,17 @@ def check_pipeline(seed: int) -> None:
     assert found is not None
     assert best.solution is not None
     assert best.bound_s >= best.solution.seconds * (1 - 2 * GAP), "HiGHS ran out of time"
-    assert found.seconds <= best.solution.seconds * (1 + GAP)
+    assert found.seconds <= best.solution.seconds * (1 + GAP + 1.1 * SLOWER.get(seed, 0.0))
     assert found.seconds >= best.bound_s * (1 - 1e-6)
 
 
-@pytest.mark.parametrize("seed", middle_seeds(QUICK))
+@pytest.mark.parametrize("seed", QUICK)
 def test_a_middle_pipeline_is_as_fast_as_its_program(seed: int) -> None:
     check_pipeline(seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", middle_seeds({*range(30)} - {*QUICK}))
+@pytest.mark.parametrize("seed", sorted({*range(30)} - {*QUICK}))
 def test_every_middle_pipeline_is_as_fast_as_its_program(seed: int) -> None:
     check_pipeline(seed)
 
