@@ -143,16 +143,30 @@ class Bounds:
         """Of the whole step, when the slowest stage works so long on a micro-batch."""
         if not np.isfinite(busy_s):
             return busy_s
-        count = self.problem.num_microbatches
-        if self.problem.num_chunks > 1:
-            return max(count * busy_s, self.work(0, 0), self.total_s * min(share.min() for share in self.share))
         return self._with_longest(max(busy_s, self._turn_s))
 
     def _with_longest(self, busy_s: float) -> float:
         """Of the whole step, when the slowest stage works just so long on a micro-batch: a convex function of it."""
-        steady, weight = self._ramp
+        steady, weight = self._ramp if self.problem.num_chunks == 1 else self._chunk_ramp
         spread = _cheapest_spread(weight, self.total_s, busy_s)
         return max(self.problem.num_microbatches * busy_s, steady * busy_s + spread)
+
+    @cached_property
+    def _chunk_ramp(self) -> tuple[float, np.ndarray]:
+        """The same as `_ramp` where chunks share a group.
+
+        While only forwards run, the first micro-batch passes one stage after another, and the last one comes back
+        while only backwards run; the other ticks take at least what their groups work on average.
+        """
+        kinds, problem = self.problem.kinds, self.problem
+        forward, backward = kinds.forward.any(1), kinds.backward.any(1)
+        both = np.where(forward & backward, kinds.count, 0) / problem.degree
+        often = [(both[:, None] * part).sum(0) for part in (kinds.forward, kinds.backward)]
+        if problem.recomputes:
+            often[0][-1] = often[1][-1]  # The last stage's forward is part of its backward.
+        alone = np.ones(problem.num_stages)
+        alone[-1] = 0.0
+        return 0.0, alone + np.minimum(*often)
 
     @cached_property
     def _turn_s(self) -> float:

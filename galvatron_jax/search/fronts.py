@@ -93,7 +93,7 @@ class Limits:
     bytes: float
     busy_s: float = np.inf
     """Forward and backward seconds of one stage together, recomputation included."""
-    labels: int = 400
+    labels: int = 150
     """Kept per layer; beyond it the front is not complete."""
 
 

@@ -28,7 +28,7 @@ _GUESSES = (1.003, 1.01, 1.03, 1.1, 1.3, 2.0)
 """Tried in turn, as multiples of the lower bound: seconds of the best plan."""
 _ROUGH_GUESSES = (1.3,)
 """The same where the bound knows nothing of bubbles."""
-_EXACT_LABELS = 20_000
+_EXACT_LABELS = 6_000
 """Of stages and beginnings together: an exact attempt that needs more gives up."""
 _SKETCHED = 200
 """Beginnings that go on from each layer of a sketch."""
@@ -169,6 +169,8 @@ class _Solver:
             for start in sorted(starts):
                 stops = range(start + 1, count - remaining + 1) if remaining else (count,)
                 for stop in stops:
+                    if isinstance(self.builder, SketchBuilder) and not self.builder.likely(stop - start):
+                        continue
                     if not self.promising(self.bounds.stage_seconds(stage, start, stop)):
                         if not self.promising(self.bounds.alone_seconds(stage, start, stop)):
                             break  # And so is every longer stage.

@@ -110,8 +110,10 @@ class Work:
         busy = self.forward_s + self.backward_s + again
         degree = pipelining.degree
         enough = degree * sum(1 / k for k in range(1, degree)) - degree + 1
-        bubble = (degree - 1) / count if pipelining.num_chunks == 1 and count >= enough else 0.0
-        return busy * (1 + bubble)
+        if pipelining.num_chunks == 1 and count >= enough:
+            return busy * (1 + (degree - 1) / count)
+        # One micro-batch passes all stages one after another.
+        return busy * max(1.0, degree / count)
 
 
 def least_work(costs: CostModel, global_batch: int) -> Work | None:

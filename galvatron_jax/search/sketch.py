@@ -18,6 +18,8 @@ from galvatron_jax.search.fronts import StageFront
 from galvatron_jax.search.pipeline import Pipeline, PipelineSolution, StageOptions, evaluate, sum_stage
 from galvatron_jax.search.relaxation import Cases, shortest_paths
 
+_UNEVEN = 2
+"""Layers by which a chunk may differ from the average."""
 _WORKSPACES = 3
 """Limits on the workspace that paths are sought under."""
 
@@ -53,6 +55,11 @@ class SketchBuilder:
             self._fronts[key] = self._sketch(stage, start, stop)
             self.grown += 1
         return self._fronts[key]
+
+    def likely(self, length: int) -> bool:
+        """Whether a stage of so many layers is worth a look: chunks of one group are of much the same length."""
+        problem = self.problem
+        return problem.num_chunks == 1 or abs(length - len(problem.layers) / problem.num_stages) <= _UNEVEN
 
     def neighbours(self, found: PipelineSolution) -> Iterator[PipelineSolution]:
         """A solution with one cut moved by a layer, the stages beside it sketched anew; where that fits."""
