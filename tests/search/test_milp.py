@@ -22,6 +22,8 @@ GAP = 1e-4
 TIME_LIMIT_S = 300
 QUICK = (0, 8, 9, 28)
 """Seeds of middle pipelines whose program takes HiGHS some seconds: all schedules, two to four stages."""
+MIDDLE = sorted({*range(30)} - {16})
+"""Seeds of middle pipelines whose program HiGHS solves within a minute."""
 SLOWER = {7: 4.1e-3, 12: 4.5e-3, 17: 1.5e-4, 18: 6.3e-3, 20: 1.4e-3, 21: 3.4e-3, 22: 6.6e-4, 25: 1.9e-3}
 """Seeds at which the solver, which gives up exactness there and says so, loses more than the gap; and how much."""
 SEEDS = st.integers(0, 2**32 - 1)
@@ -95,7 +97,7 @@ def test_a_middle_pipeline_is_as_fast_as_its_program(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", sorted({*range(30)} - {*QUICK}))
+@pytest.mark.parametrize("seed", sorted({*MIDDLE} - {*QUICK}))
 def test_every_middle_pipeline_is_as_fast_as_its_program(seed: int) -> None:
     check_pipeline(seed)
 
