@@ -169,7 +169,8 @@ def test_pipelines_pass():
             4,
             {},
             [
-                "stages: 4 stages do not fit 2 groups of devices (pipeline_axes a); make 2, or use 'interleaved' with a "
+                "stages: 4 stages do not fit 2 groups of devices (pipeline_axes a); make 2, or use 'interleaved' with "
+                "a "
                 "multiple."
             ],
         ),
@@ -177,7 +178,8 @@ def test_pipelines_pass():
             2,
             {"schedule": Schedule.INTERLEAVED},
             [
-                "stages: 2 stages do not fit 2 groups of devices (pipeline_axes a); 'interleaved' needs the same number "
+                "stages: 2 stages do not fit 2 groups of devices (pipeline_axes a); 'interleaved' needs the same "
+                "number "
                 "on each, at least 2: 4, 6, ..."
             ],
         ),
