@@ -22,9 +22,9 @@ GAP = 1e-4
 TIME_LIMIT_S = 300
 QUICK = (0, 8, 9, 28)
 """Seeds of middle pipelines whose program takes HiGHS some seconds: all schedules, two to four stages."""
-MIDDLE = sorted({*range(30)} - {16})
+MIDDLE = sorted({*range(30)} - {16, 25})
 """Seeds of middle pipelines whose program HiGHS solves within a minute."""
-SLOWER = {7: 4.1e-3, 12: 4.5e-3, 17: 1.5e-4, 18: 6.3e-3, 20: 1.4e-3, 21: 3.4e-3, 22: 6.6e-4, 25: 1.9e-3}
+SLOWER = {7: 4.1e-3, 12: 4.5e-3, 17: 1.5e-4, 18: 6.3e-3, 20: 1.4e-3, 21: 3.4e-3, 22: 6.6e-4}
 """Seeds at which the solver, which gives up exactness there and says so, loses more than the gap; and how much."""
 SEEDS = st.integers(0, 2**32 - 1)
 FEW = settings(max_examples=100, deadline=None, derandomize=True, database=None)
