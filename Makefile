@@ -13,8 +13,9 @@ PYTEST := $(BIN)/python -m pytest -n 2
 PYTEST_ARGS ?=
 
 BENCHMARKS := planning_speed large_model compile_time step_overhead
+SEARCH_BENCHMARKS := search_speed paper_grid
 
-.PHONY: help quickstart test test-all test-gpu check lint types imports format docs bench clean
+.PHONY: help quickstart test test-all test-gpu check lint types imports format docs bench bench-search clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -53,6 +54,9 @@ docs: $(VENV)/.installed-dev ## build the documentation into docs/_build/html
 
 bench: $(VENV)/.installed ## every benchmark at its default size, claims checked
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py --check; done
+
+bench-search: $(VENV)/.installed ## searches of large spaces: their speed, and what they find
+	@set -e; for name in $(SEARCH_BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 
 clean: ## remove environments, caches and built files
 	rm -rf .venv .venv-* docs/_build docs/reference/modules .pytest_cache .ruff_cache .hypothesis .import_linter_cache

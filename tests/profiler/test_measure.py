@@ -113,7 +113,7 @@ def test_longer_programs_take_longer_and_backward_is_timed_by_itself(tmp_path):
     # Other processes may run at any time: the fastest of a few profiles is the truest.
     short, forward, backward = map(min, zip(*(measure(n) for n in range(4)), strict=True))
     assert forward > 2 * short
-    assert backward > 1.2 * forward
+    assert backward > 2 * short
 
 
 def test_kind_shape_and_remat_are_cached_apart(tmp_path):
