@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 BENCHMARKS := planning_speed large_model compile_time step_overhead
 SEARCH_BENCHMARKS := search_speed paper_grid
 
-.PHONY: help quickstart test test-all test-gpu check lint types imports format docs bench bench-search clean
+.PHONY: help quickstart test test-all test-gpu check lint types imports format docs bench bench-search bench-galvatron clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -57,6 +57,9 @@ bench: $(VENV)/.installed ## every benchmark at its default size, claims checked
 
 bench-search: $(VENV)/.installed ## searches of large spaces: their speed, and what they find
 	@set -e; for name in $(SEARCH_BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
+
+bench-galvatron: $(VENV)/.installed ## plans against Hetu-Galvatron's: give its files by PROFILES=DIR PLANS=DIR
+	$(BIN)/python benchmarks/search_vs_galvatron.py --profiles $(PROFILES) --plans $(PLANS) --check
 
 clean: ## remove environments, caches and built files
 	rm -rf .venv .venv-* docs/_build docs/reference/modules .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -13,7 +13,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -164,13 +164,16 @@ def virtual_cpus(count: int) -> str:
     return f"{count} virtual devices"
 
 
-def run(measure: Callable[[bool], Outcome], *, devices: str = "") -> NoReturn:
+def run(
+    measure: Callable[..., Outcome], *, devices: str = "", options: Mapping[str, Mapping[str, Any]] | None = None
+) -> NoReturn:
     """Runs a benchmark script: its options, its figures, and its exit code.
 
     Args:
         measure: does the measurements; told whether `--full` asks for the whole table. Its module's docstring is the
             help.
         devices: what `virtual_cpus` gave.
+        options: what this script takes beside: by name, keywords of `add_argument`. `measure` gets them by keyword.
     """
     script = sys.modules[measure.__module__]
     name = Path(str(script.__file__)).stem
@@ -179,17 +182,20 @@ def run(measure: Callable[[bool], Outcome], *, devices: str = "") -> NoReturn:
     parser.add_argument("--check", action="store_true", help="exit with 1 when a claim does not hold")
     parser.add_argument("--full", action="store_true", help="the whole table, which takes longer")
     parser.add_argument("--save", action="store_true", help="write the JSON object to benchmarks/results")
-    options = parser.parse_args()
+    own = options or {}
+    for option, keywords in own.items():
+        parser.add_argument(f"--{option}", **keywords)
+    chosen = parser.parse_args()
     conditions = _conditions()
-    outcome = measure(options.full)
+    outcome = measure(chosen.full, **{option: getattr(chosen, option) for option in own})
     record = make_record(name, outcome, hardware=hardware(devices), conditions=conditions)
     for claim in outcome.claims:
         print(claim)
-    if options.save:
+    if chosen.save:
         save(record)
-    if options.json:
+    if chosen.json:
         print(json.dumps(record, ensure_ascii=False))
-    sys.exit(1 if options.check and not all(claim.holds for claim in outcome.claims) else 0)
+    sys.exit(1 if chosen.check and not all(claim.holds for claim in outcome.claims) else 0)
 
 
 def make_record(name: str, outcome: Outcome, *, hardware: str, conditions: dict[str, Any]) -> dict[str, Any]:
