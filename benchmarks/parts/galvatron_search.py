@@ -28,7 +28,7 @@ from galvatron_jax.cost.galvatron import (
     layer_cost,
     reshard_seconds,
 )
-from galvatron_jax.errors import InfeasibleError
+from galvatron_jax.errors import InfeasibleError, InputError
 from galvatron_jax.search.layers import solve
 from galvatron_jax.search.partition import solve_pipeline
 from galvatron_jax.search.pipeline import Cut, Pipeline, StageOptions
@@ -52,7 +52,7 @@ class Found:
     plan: DegreesPlan
     seconds: float
     bound_s: float
-    """Nothing in the space is faster than this; `seconds` where the plan is proven to be the best."""
+    """Nothing in the space is faster; `seconds` where the plan is proven to be the best."""
 
 
 def search(profile: GalvatronProfile, *, num_devices: int, global_batch: int, usable_bytes: int) -> Found:
@@ -66,20 +66,22 @@ def search(profile: GalvatronProfile, *, num_devices: int, global_batch: int, us
 
     Raises:
         InfeasibleError: nothing fits.
+        InputError: the model's blocks are of several types.
     """
+    if len(profile.memory.layers) > 1:
+        raise InputError(f"{profile.memory.source}: has {len(profile.memory.layers)} types of layers; expected one.")
     best, bound_s = None, math.inf
     for setting in settings(profile, num_devices=num_devices, global_batch=global_batch):
-        upper_s = best.seconds * _WORTH_A_LOOK if best is not None else math.inf
-        found, bound = solve_setting(setting, usable_bytes=usable_bytes, upper_s=upper_s)
+        known_s = best.seconds if best is not None else math.inf
+        found, bound = solve_setting(setting, usable_bytes=usable_bytes, upper_s=_WORTH_A_LOOK * known_s)
         bound_s = min(bound_s, bound)
-        if found is not None and (best is None or found.seconds < best.seconds):
-            best = found
+        best = found if found is not None and found.seconds < known_s else best
     if best is None:
         raise InfeasibleError(
             f"No plan for {global_batch} examples on {num_devices} devices fits {format_bytes(usable_bytes)} of each. "
             "Give more memory, or a smaller batch."
         )
-    return replace(best, bound_s=bound_s)
+    return replace(best, bound_s=min(best.seconds, bound_s))
 
 
 # ---------------------------------------------------------------------------------------------------- the space
