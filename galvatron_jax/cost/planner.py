@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from galvatron_jax import partition
-from galvatron_jax.cost.interpolation import plan_between
 from galvatron_jax.partition.layer_plan import BoundarySpec, Collective, LayerPlan
+from galvatron_jax.partition.series import LayerSeries
 from galvatron_jax.spec.model import LayerKind, ModelSpec
 from galvatron_jax.spec.plan import MeshAxis
 from galvatron_jax.spec.strategy import LayerStrategy
@@ -22,6 +22,18 @@ class Planner(Protocol):
         self, kind: LayerKind, strategy: LayerStrategy, *, mesh: dict[str, int], microbatch: int, model_microbatch: int
     ) -> LayerPlan:
         """Plans one layer kind under one strategy, for a global micro-batch of `microbatch` examples."""
+        ...
+
+    def plan_series(
+        self,
+        kind: LayerKind,
+        strategy: LayerStrategy,
+        *,
+        mesh: dict[str, int],
+        microbatches: tuple[int, ...],
+        model_microbatch: int,
+    ) -> tuple[LayerSeries, ...]:
+        """The same for several global micro-batches, ascending, without instructions."""
         ...
 
     def boundary_collectives(
@@ -44,43 +56,67 @@ class PlanTable:
     mesh: tuple[MeshAxis, ...]
     planner: Planner
     microbatches: tuple[int, ...] = ()
-    """Micro-batches that will be asked for: with these, plans may be interpolated (see `interpolation`)."""
+    """Micro-batches that will be asked for, ascending: with these, layers are planned for many of them at once."""
     _plans: dict[tuple[int, LayerStrategy, int], LayerPlan] = field(default_factory=dict, repr=False)
-    _planned: dict[tuple[int, LayerStrategy, int], LayerPlan] = field(default_factory=dict, repr=False)
+    _series: dict[tuple[int, LayerStrategy, int], LayerSeries] = field(default_factory=dict, repr=False)
     _moves: dict[tuple, tuple[Collective, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.sizes: dict[str, int] = {axis.name: axis.size for axis in self.mesh}
-
-    @property
-    def planned(self) -> int:
-        """How often the planner was called."""
-        return len(self._planned)
+        self.planned: int = 0
+        """Plans and series made."""
 
     def plan(self, kind: int, strategy: LayerStrategy, *, microbatch: int) -> LayerPlan:
-        """The plan of `model.kinds[kind]` under a strategy; interpolated ones hold no instructions."""
+        """The plan of `model.kinds[kind]` under a strategy; it may come without instructions."""
         key = (kind, strategy, microbatch)
         if key not in self._plans:
-            ways = math.prod(self.sizes[axis] for axis in strategy.dp)
-            reachable = [size for size in self.microbatches if size % ways == 0]
-            if microbatch in reachable:
-                found = plan_between(lambda size: self._exact(kind, strategy, size), reachable, at=microbatch)
-            else:
-                found = self._exact(kind, strategy, microbatch)
-            self._plans[key] = found
+            reachable = self._reachable(strategy)
+            self._plans[key] = (
+                self.series(kind, strategy, microbatch=microbatch).at(microbatch)
+                if microbatch in reachable
+                else self._plan(kind, strategy, microbatch)
+            )
         return self._plans[key]
 
-    def _exact(self, kind: int, strategy: LayerStrategy, microbatch: int) -> LayerPlan:
+    def series(self, kind: int, strategy: LayerStrategy, *, microbatch: int) -> LayerSeries:
+        """The series of plans that a micro-batch belongs to; of that one alone if it was not announced."""
         key = (kind, strategy, microbatch)
-        if key not in self._planned:
-            self._planned[key] = self.planner.plan_layer(
-                self.model.kinds[kind],
-                strategy,
-                mesh=self.sizes,
-                microbatch=microbatch,
-                model_microbatch=self.model.microbatch,
-            )
-        return self._planned[key]
+        if key not in self._series:
+            reachable = self._reachable(strategy)
+            if microbatch in reachable:
+                for found in self._plan_series(kind, strategy, reachable):
+                    self._series.update(dict.fromkeys([(kind, strategy, each) for each in found.microbatches], found))
+            else:
+                self._series[key] = LayerSeries.of(self.plan(kind, strategy, microbatch=microbatch), microbatch)
+        return self._series[key]
+
+    def _reachable(self, strategy: LayerStrategy) -> tuple[int, ...]:
+        """Announced micro-batches that the data axes divide."""
+        ways = math.prod([self.sizes[axis] for axis in strategy.dp])
+        return tuple([size for size in self.microbatches if size % ways == 0])
+
+    def _plan(self, kind: int, strategy: LayerStrategy, microbatch: int) -> LayerPlan:
+        self.planned += 1
+        return self.planner.plan_layer(
+            self.model.kinds[kind],
+            strategy,
+            mesh=self.sizes,
+            microbatch=microbatch,
+            model_microbatch=self.model.microbatch,
+        )
+
+    def _plan_series(
+        self, kind: int, strategy: LayerStrategy, microbatches: tuple[int, ...]
+    ) -> tuple[LayerSeries, ...]:
+        found = self.planner.plan_series(
+            self.model.kinds[kind],
+            strategy,
+            mesh=self.sizes,
+            microbatches=microbatches,
+            model_microbatch=self.model.microbatch,
+        )
+        self.planned += len(found)
+        return found
 
     def move(
         self, dims: tuple[int, ...], dtype: str, *, source: BoundarySpec, target: BoundarySpec

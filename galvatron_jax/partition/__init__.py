@@ -15,3 +15,5 @@ from galvatron_jax.partition.layer_plan import PhasePlan as PhasePlan
 from galvatron_jax.partition.layers import LocalPlan as LocalPlan
 from galvatron_jax.partition.layers import plan_layer as plan_layer
 from galvatron_jax.partition.layers import plan_local as plan_local
+from galvatron_jax.partition.layers import plan_series as plan_series
+from galvatron_jax.partition.series import LayerSeries as LayerSeries

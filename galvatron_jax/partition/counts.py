@@ -1,31 +1,72 @@
-"""Counting a planned pass: its collectives, FLOPs, traffic and peak of live temporaries."""
+"""Counting a planned pass: its collectives, FLOPs, traffic and peak of live temporaries, as the micro-batch grows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from galvatron_jax.partition.instructions import Convert, Version
-from galvatron_jax.partition.layer_plan import Collective
+from galvatron_jax.partition.instructions import Version
+from galvatron_jax.partition.layer_plan import Collective, PhasePlan
 from galvatron_jax.partition.layout import Axis, Role, Step, StepKind
 from galvatron_jax.spec.profile import CollectiveKind
 
+Amount = tuple[float, float]
+"""What stays whatever the micro-batch, and what is proportional to it, both at the micro-batch planned."""
+Sent = tuple[Collective, bool]
+"""A collective, and whether its bytes are proportional to the micro-batch."""
 
-@dataclass(frozen=True, slots=True)
-class Tally:
+
+class Tally(NamedTuple):
     """What one instruction counts for."""
 
     read: tuple[Version, ...]
-    made: tuple[tuple[Version, float], ...]
-    """Versions made, with their local bytes."""
+    made: tuple[tuple[Version, float, bool], ...]
+    """Versions made, with their local bytes, and whether these are proportional to the micro-batch."""
     fused: bool
     """Whether it is done with its neighbours, so that what it reads costs nothing."""
-    moved: float
+    moved: Amount
     """Bytes that it reads, and that a loop's body moves."""
-    inner_peak: float = 0.0
-    """Bytes that live at most in a loop's body."""
-    collectives: tuple[Collective, ...] = ()
+    inner_peaks: tuple[Amount, ...] = ()
+    """Bytes that live at most in a loop's body; see `Counts.peaks`."""
+    sent: tuple[Sent, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a pass counts for."""
+
+    sent: tuple[Sent, ...]
+    flops: Amount
+    moved: Amount
+    peaks: tuple[Amount, ...]
+    """Bytes of live temporaries when they are most, at one micro-batch or another."""
+    operations: int
+    read: AbstractSet[Version] = frozenset()
+    """Versions read."""
+
+    def at(self, microbatch: int, planned_at: int, instructions: tuple = ()) -> PhasePlan:
+        """The phase at another micro-batch than the one planned, everything decided alike."""
+        return PhasePlan(
+            instructions=instructions,
+            collectives=tuple(
+                replace(each, bytes=each.bytes * microbatch // planned_at)
+                if grows and microbatch != planned_at
+                else each
+                for each, grows in self.sent
+            ),
+            flops=amount_at(self.flops, microbatch, planned_at),
+            bytes=amount_at(self.moved, microbatch, planned_at),
+            peak_bytes=int(max(amount_at(peak, microbatch, planned_at) for peak in self.peaks)),
+            operations=self.operations,
+        )
+
+
+def amount_at(amount: Amount, microbatch: int, planned_at: int) -> float:
+    """An amount at another micro-batch than the one planned."""
+    return amount[0] + amount[1] * microbatch / planned_at
 
 
 def collective(step: Step, size: int, dtype: str) -> Collective:
@@ -38,19 +79,7 @@ def collective(step: Step, size: int, dtype: str) -> Collective:
 
 def collectives(steps: Iterable[Step], size: int, dtype: str) -> tuple[Collective, ...]:
     """The collectives among some steps on a value of `size` bytes an element."""
-    return tuple(collective(step, size, dtype) for step in steps if step.kind is not StepKind.SLICE)
-
-
-def count_conversion(made: Convert, read_bytes: float, made_bytes: float, size: int, dtype: str) -> Tally:
-    """A conversion counts its collectives; slices alone fuse with what reads them."""
-    found = collectives(made.steps, size, dtype)
-    return Tally(
-        read=((made.value, made.source),),
-        made=(((made.value, made.target), made_bytes),),
-        fused=not found,
-        moved=read_bytes if found else 0.0,
-        collectives=found,
-    )
+    return tuple([collective(step, size, dtype) for step in steps if step.kind is not StepKind.SLICE])
 
 
 def combined(
@@ -62,13 +91,21 @@ def combined(
     return Collective(CollectiveKind.ALL_REDUCE, names, group, local, how, "int32" if dtype == "bool" else dtype)
 
 
-def all_collectives(tallies: Iterable[Tally]) -> tuple[Collective, ...]:
+def all_sent(tallies: Iterable[Tally]) -> tuple[Sent, ...]:
     """Collectives of a pass, those of loops as often as they run."""
-    return tuple(found for tally in tallies for found in tally.collectives)
+    return tuple([sent for tally in tallies for sent in tally.sent])
 
 
-def traffic(tallies: Sequence[Tally]) -> tuple[float, float]:
-    """Bytes that unfused operations read and write, and the peak of live results.
+class Traffic(NamedTuple):
+    """What moves through memory, and what lives in it, during a pass."""
+
+    moved: Amount
+    peaks: tuple[Amount, ...]
+    read: AbstractSet[Version]
+
+
+def traffic(tallies: Sequence[Tally]) -> Traffic:
+    """Bytes that unfused operations read and write, the peaks of live results, and the versions read.
 
     Elementwise operations fuse into their neighbours; what they make counts only when several operations read it.
     """
@@ -76,21 +113,32 @@ def traffic(tallies: Sequence[Tally]) -> tuple[float, float]:
     for tally in tallies:
         for version in tally.read:
             uses[version] = uses.get(version, 0) + 1
-    moved = live = peak = 0.0
-    alive: dict[Version, float] = {}
-    for tally in tallies:
-        if tally.inner_peak:
-            peak = max(peak, live + tally.inner_peak)
-        for version, size in tally.made:
-            if not tally.fused or uses.get(version, 0) > 1:
-                alive[version] = size
-                live += size
-                moved += size
-        moved += tally.moved
-        if live > peak:
-            peak = live
-        for version in tally.read:
-            uses[version] -= 1
-            if uses[version] == 0 and version in alive:
-                live -= alive.pop(version)
-    return moved, peak
+    left = dict(uses)
+    moved, live, peaks = [0.0, 0.0], [0.0, 0.0], [(0.0, 0.0)]
+    alive: dict[Version, tuple[float, bool]] = {}
+    for read, made, fused, (moved_anyway, moved_growing), inner_peaks, _ in tallies:
+        for stays, grows in inner_peaks:
+            peaks.append((live[0] + stays, live[1] + grows))
+        for version, size, grows in made:
+            if not fused or left.get(version, 0) > 1:
+                alive[version] = size, grows
+                live[grows] += size
+                moved[grows] += size
+        moved[0] += moved_anyway
+        moved[1] += moved_growing
+        peaks.append((live[0], live[1]))
+        for version in read:
+            left[version] -= 1
+            if not left[version] and version in alive:
+                size, grows = alive.pop(version)
+                live[grows] -= size
+    return Traffic((moved[0], moved[1]), _largest(peaks), uses.keys())
+
+
+def _largest(amounts: Iterable[Amount]) -> tuple[Amount, ...]:
+    """Those that are larger than each other one at some micro-batch, at least."""
+    kept: list[Amount] = []
+    for amount in sorted(set(amounts), reverse=True):
+        if not kept or amount[1] > kept[-1][1]:
+            kept.append(amount)
+    return tuple(kept)

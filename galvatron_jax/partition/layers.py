@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from galvatron_jax.partition.counts import all_collectives, traffic
+from galvatron_jax.partition.agreement import Agreement
+from galvatron_jax.partition.counts import Counts
 from galvatron_jax.partition.instructions import Instruction, Residual, Version
-from galvatron_jax.partition.layer_plan import BoundarySpec, LayerPlan, PhasePlan
-from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Role, Step
-from galvatron_jax.partition.parameters import Storage
+from galvatron_jax.partition.layer_plan import BoundarySpec, LayerPlan
+from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Step
+from galvatron_jax.partition.parameters import Storage, StoredParameter
 from galvatron_jax.partition.planner import Pass
+from galvatron_jax.partition.ports import Ports
 from galvatron_jax.partition.remat import Split, split
-from galvatron_jax.partition.setting import Held, Setting
+from galvatron_jax.partition.series import LayerSeries
+from galvatron_jax.partition.setting import Held, Keep, Setting
 from galvatron_jax.partition.static import StaticKind, prepare_kind
 from galvatron_jax.partition.strategy_axes import AxisPlan, plan_axes
 from galvatron_jax.spec.model import InputPort, LayerKind, PortRole
-from galvatron_jax.spec.program import FactorRole
-from galvatron_jax.spec.strategy import LayerStrategy, Remat, SequenceParallel
+from galvatron_jax.spec.strategy import LayerStrategy, Remat
 
 
 @dataclass(frozen=True)
@@ -95,52 +96,133 @@ def plan_local(
     kind: LayerKind, strategy: LayerStrategy, *, mesh: Mapping[str, int], microbatch: int, model_microbatch: int
 ) -> LocalPlan:
     """Plans a layer; remembered as long as the kind lives, unless many others are planned in between."""
+    keep = Keep.INSTRUCTIONS
+    context = _context(kind, strategy, mesh, microbatch=microbatch, traced_at=model_microbatch, keep=keep)
+    return context.plan(strategy.zero, strategy.remat)
+
+
+def plan_series(
+    kind: LayerKind,
+    strategy: LayerStrategy,
+    *,
+    mesh: Mapping[str, int],
+    microbatches: tuple[int, ...],
+    model_microbatch: int,
+) -> tuple[LayerSeries, ...]:
+    """What a layer costs under a strategy at several micro-batches, without instructions.
+
+    Where something would be decided otherwise at the least of them than at the largest, the range is halved.
+
+    Args:
+        kind: the layer's operations.
+        strategy: which mesh axes serve what.
+        mesh: axes of the stage with their prime sizes, slowest link first.
+        microbatches: examples of a global micro-batch, ascending.
+        model_microbatch: examples at which the kind was traced (`ModelSpec.microbatch`).
+
+    Returns:
+        Series that cover all of them, each once, in ascending order.
+    """
+    context = _context(kind, strategy, mesh, microbatch=microbatches[-1], traced_at=model_microbatch, keep=Keep.COUNTS)
+    series = context.series(strategy.zero, strategy.remat, microbatches)
+    if context.agreement.holds(microbatches):
+        return (series,)
+    half = len(microbatches) // 2
+    return tuple(
+        series
+        for part in (microbatches[:half], microbatches[half:])
+        for series in plan_series(kind, strategy, mesh=mesh, microbatches=part, model_microbatch=model_microbatch)
+    )
+
+
+def _context(
+    kind: LayerKind, strategy: LayerStrategy, mesh: Mapping[str, int], *, microbatch: int, traced_at: int, keep: Keep
+) -> _Context:
     static = prepare_kind(kind)
     axes = strategy.dp, strategy.tp, strategy.sp, strategy.sp_kind
-
-    def context() -> _Context:
-        sizes = static.program.sizes(kind.batch_factor, microbatch, model_microbatch)
-        return _Context(static, strategy, mesh, sizes)
-
-    shared = static.memo.contexts.get((axes, tuple(mesh.items()), microbatch, model_microbatch), context)
-    return shared.plan(strategy.zero, strategy.remat)
+    return static.memo.contexts.get(
+        (axes, tuple(mesh.items()), microbatch, traced_at, keep),
+        lambda: _Context(static, strategy, mesh, microbatch=microbatch, traced_at=traced_at, keep=keep),
+    )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Passes:
     """The two passes over a layer, which ZeRO stages share that differ in how the optimizer's state is stored alone."""
 
-    forward: PhasePlan
-    backward: PhasePlan
-    residual_bytes: int
+    forward: Pass
+    backward: Pass
+    counts: tuple[Counts, Counts]
+    kept: tuple[tuple[int, int, int], ...]
+    """Values that cross, with the number of their version in forward and in backward."""
+    residual_bytes: tuple[int, int]
+    """What stays, and what grows with the micro-batch."""
     output_versions: tuple[Version, ...]
-    residuals: tuple[Residual, ...]
     gradient_versions: tuple[Version, ...]
-    gradient_layouts: tuple[Layout, ...]
     backward_reads: frozenset[int]
-    held: Mapping[str, Mapping[int, Held]]
+
+    @property
+    def gradient_layouts(self) -> tuple[Layout, ...]:
+        """In which gradients leave."""
+        return tuple(self.backward.held[v].layouts[n] for v, n in self.gradient_versions)
+
+    def residuals(self) -> tuple[Residual, ...]:
+        """What crosses."""
+        found = []
+        for value, number, position in self.kept:
+            held = self.forward.held[value]
+            layout = held.layouts[number]
+            shape = self.forward.setting.local_shape(value, layout, held.lazy)
+            size = int(self.forward.local_bytes(value, number))
+            found.append(Residual(value, number, position, layout, held.lazy, shape, size))
+        return tuple(found)
+
+
+@dataclass(frozen=True, eq=False)
+class _Through:
+    """Both passes through a layer, gradients left as they are made."""
+
+    forward: Pass
+    backward: Pass
+    counts: Counts
+    """Of forward."""
+    versions: Mapping[int, list[int]]
+    """Per kept value, forward's numbers of the versions at hand in backward."""
 
 
 class _Context:
     """A layer over some logical axes at one micro-batch: what strategies share that differ in ZeRO and remat alone."""
 
     def __init__(
-        self, static: StaticKind, strategy: LayerStrategy, mesh: Mapping[str, int], sizes: tuple[int, ...]
+        self,
+        static: StaticKind,
+        strategy: LayerStrategy,
+        mesh: Mapping[str, int],
+        *,
+        microbatch: int,
+        traced_at: int,
+        keep: Keep,
     ) -> None:
-        self.static, self.kind, self.program, self.sizes = static, static.kind, static.program, sizes
-        self.sp_kind = strategy.sp_kind
-        self.axes = plan_axes(static, strategy, mesh, sizes)
-        self.storage = Storage(static, self.axes, sizes)
-        self.setting = Setting(static.program, sizes, self.axes.axes, self.axes.allowed)
-        self.outputs = tuple(self.boundary_layout(port.value) for port in self.kind.outputs)
-        self.output_specs = tuple(
-            self.storage.boundary_spec(p.value, layout)
-            for p, layout in zip(self.kind.outputs, self.outputs, strict=True)
+        self.static, self.kind, self.program, self.microbatch = static, static.kind, static.program, microbatch
+        self.sizes = static.program.sizes(self.kind.batch_factor, microbatch, traced_at)
+        self.axes = plan_axes(static, strategy, mesh, self.sizes)
+        self.storage = Storage(static, self.axes, self.sizes)
+        growing = static.program.growing(self.kind.batch_factor, traced_at)
+        self.setting = Setting(
+            static.program, self.sizes, self.axes.axes, self.axes.allowed, growing=growing, keep=keep
+        )
+        self.ports = Ports(static, self.axes, self.sizes, strategy.sp_kind, self.storage)
+        self.output_specs = self.ports.output_specs()
+        self.agreement = Agreement(
+            static, strategy, mesh, self.setting, self.ports, planned_at=microbatch, traced_at=traced_at
         )
         self.gradients = tuple((i, p, p.gradient) for i, p in enumerate(self.kind.inputs) if p.gradient is not None)
-        self._inputs: dict[bool, tuple[Layout, ...]] = {}
+        self._forwards: dict[tuple, Pass] = {}
+        self._throughs: dict[tuple[Remat, bool], _Through] = {}
         self._passes: dict[tuple[Remat, int], _Passes] = {}
         self._plans: dict[tuple[int, Remat], LocalPlan] = {}
+
+    # ------------------------------------------------------------------------------------------ plans
 
     def plan(self, zero: int, remat: Remat) -> LocalPlan:
         """The layer's plan at a ZeRO stage with a remat policy."""
@@ -151,86 +233,52 @@ class _Context:
 
     def _plan(self, zero: int, remat: Remat) -> LocalPlan:
         passes = self.passes(zero, remat)
-        inputs = self.inputs(sharded=zero == 3)
-        accumulated = {i: layout for (i, _, _), layout in zip(self.gradients, passes.gradient_layouts, strict=True)}
-        stored = {
-            i: self.storage.parameter(i, zero=zero, accumulated=accumulated.get(i)) for i in self.static.parameters
-        }
+        stored = self.stored(zero, passes.gradient_layouts)
+        forward, backward = (
+            counts.at(self.microbatch, self.microbatch, run.instructions)
+            for counts, run in zip(passes.counts, (passes.forward, passes.backward), strict=True)
+        )
         plan = LayerPlan(
-            forward=passes.forward,
-            backward=passes.backward,
-            residual_bytes=passes.residual_bytes,
+            forward=forward,
+            backward=backward,
+            residual_bytes=sum(passes.residual_bytes),
             parameters=tuple(parameter.plan for parameter in stored.values()),
-            inputs=self.input_specs(inputs),
+            inputs=self.ports.input_specs(sharded=zero == 3),
             outputs=self.output_specs,
             notes=self.kind.notes,
         )
         return LocalPlan(
-            static=self.static, plan=plan, axes=self.axes, sizes=self.sizes, inputs=inputs, outputs=self.outputs,
-            forward=plan.forward.instructions, backward=plan.backward.instructions,
-            output_versions=passes.output_versions, residuals=passes.residuals,
+            static=self.static, plan=plan, axes=self.axes, sizes=self.sizes,
+            inputs=self.ports.inputs(sharded=zero == 3), outputs=self.ports.outputs,
+            forward=forward.instructions, backward=backward.instructions,
+            output_versions=passes.output_versions, residuals=passes.residuals(),
             gradient_versions=passes.gradient_versions, gradient_layouts=passes.gradient_layouts,
             sync={i: parameter.sync for i, parameter in stored.items()},
             publish={i: parameter.publish for i, parameter in stored.items()},
-            backward_reads=passes.backward_reads, held=passes.held,
+            backward_reads=passes.backward_reads,
+            held={"forward": passes.forward.held, "backward": passes.backward.held},
         )  # fmt: skip
 
-    # ------------------------------------------------------------------------------------------ boundary
-
-    def inputs(self, *, sharded: bool) -> tuple[Layout, ...]:
-        """Layout per input port, parameters as stored: sharded over ZeRO's axes or not."""
-        if sharded not in self._inputs:
-            self._inputs[sharded] = tuple(self.input_layout(port, sharded) for port in self.kind.inputs)
-        return self._inputs[sharded]
-
-    def input_layout(self, port: InputPort, sharded: bool) -> Layout:
-        if port.role is PortRole.PARAMETER:
-            return self.storage.layout(port.value, sharded=sharded)
-        if port.role in (PortRole.STATE, PortRole.CONSTANT):
-            return self.setting.nowhere
-        return self.boundary_layout(port.value)
-
-    def input_specs(self, inputs: Sequence[Layout]) -> tuple[BoundarySpec | None, ...]:
-        return tuple(
-            None if p.role is PortRole.PARAMETER else self.storage.boundary_spec(p.value, layout)
-            for p, layout in zip(self.kind.inputs, inputs, strict=True)
+    def series(self, zero: int, remat: Remat, microbatches: tuple[int, ...]) -> LayerSeries:
+        """The plan at a ZeRO stage with a remat policy, as it grows with the micro-batch."""
+        passes = self.passes(zero, remat)
+        stored = self.stored(zero, passes.gradient_layouts)
+        return LayerSeries(
+            microbatches=microbatches,
+            planned_at=self.microbatch,
+            forward=passes.counts[0],
+            backward=passes.counts[1],
+            residual_bytes=passes.residual_bytes,
+            parameters=tuple(parameter.plan for parameter in stored.values()),
+            inputs=self.ports.input_specs(sharded=zero == 3),
+            outputs=self.output_specs,
+            notes=self.kind.notes,
         )
 
-    def boundary_layout(self, value: int) -> Layout:
-        """Batch over the data axes; the sequence of large floating activations over the sequence axes."""
-        program, layout = self.program, list(self.setting.nowhere)
-        positions = program.positions[value]
-        for index in self.axes.of(Role.DATA):
-            self.place(layout, index, value, [p for p, f in enumerate(positions) if f in self.axes.allowed[index]])
-        if self.is_large_activation(value):
-            sequence = [p for p, f in enumerate(positions) if program.roles[f] is FactorRole.SEQUENCE]
-            megatron = self.sp_kind is SequenceParallel.MEGATRON
-            # Minor mesh axes first: sequence dims are split in reverse mesh order.
-            for index in reversed(self.axes.of(Role.TENSOR if megatron else Role.SEQUENCE)):
-                if megatron or self.sp_kind is SequenceParallel.ULYSSES:
-                    self.place(layout, index, value, sequence)
-        return tuple(layout)
-
-    def is_large_activation(self, value: int) -> bool:
-        roles = {self.program.roles[f] for f in self.program.positions[value]}
-        dtype = self.program.program.values[value].dtype
-        return {FactorRole.BATCH, FactorRole.SEQUENCE, FactorRole.EMBEDDING} <= roles and "float" in dtype
-
-    def place(self, layout: list[int], index: int, value: int, candidates: Sequence[int]) -> None:
-        """Puts an axis on the first position that leaves the dim a plain PartitionSpec: major factors whole first."""
-        positions, dims = self.program.positions[value], self.program.dim_of[value]
-        for position in candidates:
-            taken = self.shards_at(layout, position)
-            if self.sizes[positions[position]] % (taken * self.axes.axes[index].size):
-                continue
-            majors = [p for p in range(position) if dims[p] == dims[position]]
-            if all(self.shards_at(layout, p) == self.sizes[positions[p]] for p in majors):
-                layout[index] = position
-                return
-
-    def shards_at(self, layout: Sequence[int], position: int) -> int:
-        """Into how many shards a layout cuts a position."""
-        return math.prod(a.size for a, at in zip(self.axes.axes, layout, strict=True) if at == position)
+    def stored(self, zero: int, gradient_layouts: tuple[Layout, ...]) -> dict[int, StoredParameter]:
+        """Each parameter's way through a step."""
+        accumulated = {i: layout for (i, _, _), layout in zip(self.gradients, gradient_layouts, strict=True)}
+        return {i: self.storage.parameter(i, zero=zero, accumulated=accumulated.get(i)) for i in self.static.parameters}
 
     # ------------------------------------------------------------------------------------------ forward and backward
 
@@ -238,56 +286,47 @@ class _Context:
         """Both passes. ZeRO 0 and 1 keep gradients as they are made, 2 scatters them, 3 gathers parameters as well."""
         key = remat, max(zero, 1)
         if key not in self._passes:
-            self._passes[key] = self._both_passes(zero, split(self.static, remat), keep_all=remat is Remat.NONE)
+            self._passes[key] = self._hand_over(self.through(remat, sharded=zero == 3), zero, split(self.static, remat))
         return self._passes[key]
 
-    def _both_passes(self, zero: int, parts: Split, *, keep_all: bool) -> _Passes:
-        inputs = self.inputs(sharded=zero == 3)
-        forward = self.new_pass(inputs)
-        forward.run(parts.forward)
-        output_versions = tuple(
-            forward.convert(port.value, layout) for port, layout in zip(self.kind.outputs, self.outputs, strict=True)
-        )
-        backward, kept = self.backward_pass(forward, inputs, parts.saved, keep_all=keep_all)
-        backward.run(parts.backward)
-        versions = tuple(
-            backward.convert(gradient, self.gradient_layout(backward, inputs[i], port, gradient, scatter=zero >= 2))
-            for i, port, gradient in self.gradients
-        )
-        read = set(versions).union(*(tally.read for tally in backward.tallies))
-        residuals = self.used_residuals(forward, kept, read)
-        values_read = {value for value, _ in read}
-        reads = frozenset(i for i, port in enumerate(self.kind.inputs) if port.value in values_read)
-        activations = [self.kind.inputs[i] for i in reads if self.kind.inputs[i].role is PortRole.ACTIVATION]
-        return _Passes(
-            forward=_phase(forward, len(parts.forward)),
-            backward=_phase(backward, len(parts.backward)),
-            residual_bytes=sum(r.bytes for r in residuals)
-            + sum(int(backward.local_bytes(port.value)) for port in activations),
-            output_versions=output_versions,
-            residuals=residuals,
-            gradient_versions=versions,
-            gradient_layouts=tuple(backward.held[v].layouts[n] for v, n in versions),
-            backward_reads=reads,
-            held={"forward": forward.held, "backward": backward.held},
-        )
+    def through(self, remat: Remat, *, sharded: bool) -> _Through:
+        """Both passes but for what happens to gradients at the end, parameters stored sharded or not."""
+        key = remat, sharded
+        if key not in self._throughs:
+            parts = split(self.static, remat)
+            forward = self._forward(parts, sharded=sharded)
+            backward, versions = self._start_backward(forward, parts.saved, sharded, keep_all=remat is Remat.NONE)
+            backward.run(parts.backward)
+            self._throughs[key] = _Through(forward, backward, forward.counts(len(parts.forward)), versions)
+        return self._throughs[key]
 
-    def new_pass(self, inputs: Sequence[Layout]) -> Pass:
+    def _forward(self, parts: Split, *, sharded: bool) -> Pass:
+        """A forward pass that no other goes on with."""
+        key = tuple([op.index for op in parts.forward]), sharded
+        if key not in self._forwards:
+            forward = self._new_pass(sharded=sharded)
+            forward.run(parts.forward)
+            for port, layout in zip(self.kind.outputs, self.ports.outputs, strict=True):
+                forward.convert(port.value, layout)
+            self._forwards[key] = forward
+        return self._forwards[key].fork()
+
+    def _new_pass(self, *, sharded: bool) -> Pass:
         """A pass that holds the layer's inputs."""
-        planner = Pass.within(self.setting)
-        for port, layout in zip(self.kind.inputs, inputs, strict=True):
+        planner = Pass(self.setting)
+        for port, layout in zip(self.kind.inputs, self.ports.inputs(sharded=sharded), strict=True):
             planner.hold(port.value, layout)
         return planner
 
-    def backward_pass(
-        self, forward: Pass, inputs: Sequence[Layout], saved: Sequence[int], *, keep_all: bool
+    def _start_backward(
+        self, forward: Pass, saved: Sequence[int], sharded: bool, *, keep_all: bool
     ) -> tuple[Pass, dict[int, list[int]]]:
         """A pass that starts from inputs, kept values and cotangents; and per kept value, the versions at hand.
 
         Without remat, kept values are at hand in every version that forward made, so that backward repeats no
         communication; with remat, in the smallest.
         """
-        backward = self.new_pass(inputs)
+        backward = self._new_pass(sharded=sharded)
         versions: dict[int, list[int]] = {}
         for value in saved:
             layouts = forward.held[value].layouts
@@ -300,14 +339,56 @@ class _Context:
             versions[value] = usable
             held = forward.held[value]
             backward.held[value] = self.setting.state(
-                tuple(held.layouts[i] for i in usable), lazy=held.lazy, zero=held.zero
+                tuple([held.layouts[i] for i in usable]), lazy=held.lazy, zero=held.zero
             )
-        for port, layout in zip(self.kind.outputs, self.outputs, strict=True):
+        for port, layout in zip(self.kind.outputs, self.ports.outputs, strict=True):
             if port.cotangent is not None:
                 backward.hold(port.cotangent, layout)
         return backward, versions
 
-    def gradient_layout(self, backward: Pass, came: Layout, port: InputPort, gradient: int, *, scatter: bool) -> Layout:
+    def _hand_over(self, through: _Through, zero: int, parts: Split) -> _Passes:
+        """Gradients brought into the layouts in which they leave, and all counted."""
+        forward, backward = through.forward, through.backward.fork()
+        inputs = self.ports.inputs(sharded=zero == 3)
+        gradients = tuple(
+            backward.convert(gradient, self._gradient_layout(backward, inputs[i], port, gradient, scatter=zero >= 2))
+            for i, port, gradient in self.gradients
+        )
+        counts = backward.counts(len(parts.backward))
+        read = {*gradients, *counts.read}
+        kept = tuple(
+            (value, number, position)
+            for value, numbers in through.versions.items()
+            for position, number in enumerate(numbers)
+            if (value, position) in read
+        )
+        values_read = {value for value, _ in read}
+        reads = frozenset(i for i, port in enumerate(self.kind.inputs) if port.value in values_read)
+        residual_bytes = [0, 0]
+        for value, number, _ in kept:
+            residual_bytes[forward.grows(value)] += int(forward.local_bytes(value, number))
+        for port in [self.kind.inputs[i] for i in reads]:
+            if port.role is PortRole.ACTIVATION:
+                residual_bytes[backward.grows(port.value)] += int(backward.local_bytes(port.value))
+        return _Passes(
+            forward=forward,
+            backward=backward,
+            counts=(through.counts, counts),
+            kept=kept,
+            residual_bytes=(residual_bytes[0], residual_bytes[1]),
+            output_versions=self._output_versions(forward),
+            gradient_versions=gradients,
+            backward_reads=reads,
+        )
+
+    def _output_versions(self, forward: Pass) -> tuple[Version, ...]:
+        """Versions in which forward hands out the layer's outputs: they are there."""
+        pairs = zip(self.kind.outputs, self.ports.outputs, strict=True)
+        return tuple(forward.convert(port.value, layout) for port, layout in pairs)
+
+    def _gradient_layout(
+        self, backward: Pass, came: Layout, port: InputPort, gradient: int, *, scatter: bool
+    ) -> Layout:
         """Activations' gradients leave as the activation came; parameters' keep sums pending until the step's end.
 
         To scatter: ZeRO's axes are the data axes seen again, so that what is pending over those is pending over them.
@@ -322,31 +403,3 @@ class _Context:
             return pending
         backward.relabel(gradient, self.storage.mirrored(now))
         return self.storage.scattered(port.value, pending)
-
-    @staticmethod
-    def used_residuals(forward: Pass, versions: Mapping[int, list[int]], read: set[Version]) -> tuple[Residual, ...]:
-        """The versions of kept values that the backward program reads."""
-        kept = []
-        for value, numbers in versions.items():
-            held = forward.held[value]
-            for position, number in enumerate(numbers):
-                if (value, position) in read:
-                    layout = held.layouts[number]
-                    shape = forward.setting.local_shape(value, layout, held.lazy)
-                    size = int(forward.local_bytes(value, number))
-                    kept.append(Residual(value, number, position, layout, held.lazy, shape, size))
-        return tuple(kept)
-
-
-def _phase(planner: Pass, operations: int) -> PhasePlan:
-    """Counts of a planned pass."""
-    tallies = planner.tallies
-    moved, peak = traffic(tallies)
-    return PhasePlan(
-        instructions=planner.instructions,
-        collectives=all_collectives(tallies),
-        flops=planner.flops,
-        bytes=moved,
-        peak_bytes=int(peak),
-        operations=operations,
-    )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from galvatron_jax.partition.choice import Choice, is_indexed, makes_summands
-from galvatron_jax.partition.counts import Tally, combined
+from galvatron_jax.partition.counts import Amount, Tally, combined
 from galvatron_jax.partition.instructions import Apply, Decision, IndexShift, Instruction, Version
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, names_at
-from galvatron_jax.partition.setting import Held, Outcome, Setting
+from galvatron_jax.partition.setting import DearChoice, Held, Keep, Outcome, Setting
 from galvatron_jax.partition.static import StaticFactor, StaticOp
 
 _RESHAPES = frozenset({"reshape", "squeeze", "expand_dims", "transpose"})
@@ -47,7 +47,7 @@ class Draft:
         self.instructions: list[Instruction] = []
         self.tallies: list[Tally] = []
         self.decisions: list[Decision] = []
-        self.flops = 0.0
+        self.flops: Amount = (0.0, 0.0)
 
     def outcome(self) -> Outcome:
         """What has changed, and what was recorded."""
@@ -79,6 +79,10 @@ class Draft:
         """Local bytes of a version."""
         return self.setting.local_bytes(version[0], self.held[version[0]], version[1])
 
+    def grows(self, version: Version) -> bool:
+        """Whether a value's size is proportional to the micro-batch."""
+        return self.setting.grows(version[0], self.held[version[0]].lazy)
+
     # ------------------------------------------------------------------------------------------ factors
 
     def apply(self, rows: Mapping[int, Sequence[StaticFactor]]) -> None:
@@ -97,11 +101,12 @@ class Draft:
                 kept.add(axis)
                 continue
             factor, cost = choice.cheapest(axis, chosen)
-            if factor is not None:
-                chosen[axis] = factor
             if cost > 0:
                 number = None if factor is None else factor.factor
                 self.decisions.append(Decision(op.index, op.primitive, axis, number, cost))
+                self.setting.dear.append(DearChoice(self.setting, op, states, axis, dict(chosen), factor))
+            if factor is not None:
+                chosen[axis] = factor
         wanted = [self._operand_layout(n, chosen, kept) for n in range(len(states))]
         operands = tuple(self.convert(v, layout) for v, layout in zip(op.operands, wanted, strict=True))
         self._emit(operands, wanted, chosen, kept)
@@ -157,36 +162,49 @@ class Draft:
         lazy = self._lazy_result() if op.elementwise else frozenset()
         made = list(zip(op.results, layouts, strict=True))
         results = tuple([self.hold(value, layout, lazy=lazy) for value, layout in made])
-        if not setting.pricing:
-            spread = [self._materialise(v, layout) for (v, _), layout in zip(operands, wanted, strict=True)]
-            shapes = [setting.local_shape(value, layout, lazy) for value, layout in made]
-            self._append(
+        if setting.keep is Keep.INSTRUCTIONS:
+            self.instructions.append(
                 Apply(
-                    op.index, operands, results, tuple(spread), tuple(shapes),
+                    op.index, operands, results,
+                    tuple([self._materialise(v, layout) for (v, _), layout in zip(operands, wanted, strict=True)]),
+                    tuple([setting.local_shape(value, layout, lazy) for value, layout in made]),
                     shifts=self._shifts(chosen),
                     combine=(names, op.combine) if names else None,
                 )
             )  # fmt: skip
+        if setting.keep is not Keep.STEPS:
+            self.count(operands, results, names)
         if op.flops:
-            self.flops = setting.points(op)
+            flops, grows = setting.points(op)
             for axis in chosen:
-                self.flops /= setting.axis_sizes[axis]
+                flops /= setting.axis_sizes[axis]
+            self.flops = (0.0, flops) if grows else (flops, 0.0)
 
-    def _append(self, applied: Apply) -> None:
-        """Records an application with what it counts for."""
-        self.instructions.append(applied)
-        if self.setting.pricing:
-            return
-        op = self.op
+    def count(self, operands: tuple[Version, ...], results: tuple[Version, ...], names: tuple[str, ...] = ()) -> None:
+        """Notes what an application counts for.
+
+        Args:
+            operands: versions read.
+            results: versions made.
+            names: mesh axes over which the first result is combined at once.
+        """
+        op, sent = self.op, ()
+        if names:
+            value, dtype = op.results[0], self.program.program.values[op.results[0]].dtype
+            held = self.held[value]
+            shape = self.setting.local_shape(value, held.layouts[0], held.lazy)
+            found = combined(self.setting.axes, names, op.combine, shape, self.program.itemsize[value], dtype)
+            sent = ((found, self.grows(results[0])),)
         fused = op.elementwise or op.free
-        found = ()
-        if applied.combine is not None:
-            value, (names, how) = op.results[0], applied.combine
-            dtype = self.program.program.values[value].dtype
-            found = (combined(self.setting.axes, names, how, applied.shapes[0], self.program.itemsize[value], dtype),)
-        made = tuple((version, self.bytes_of(version)) for version in applied.results)
-        moved = 0.0 if fused else sum(map(self.bytes_of, applied.operands))
-        self.tallies.append(Tally(applied.operands, made, fused, moved, collectives=found))
+        moved = [0.0, 0.0]
+        if not fused:
+            for version in operands:
+                moved[self.grows(version)] += self.bytes_of(version)
+        self.tallies.append(Tally(operands, self.made(results), fused, (moved[0], moved[1]), sent=sent))
+
+    def made(self, results: Iterable[Version]) -> tuple[tuple[Version, float, bool], ...]:
+        """Versions with their local bytes, and whether these are proportional to the micro-batch."""
+        return tuple([(version, self.bytes_of(version), self.grows(version)) for version in results])
 
     def _lazy_result(self) -> frozenset[int]:
         """Dims along which every operand is of size 1 still."""
@@ -277,5 +295,8 @@ class Draft:
         """The result is the operand seen in another layout; zeros stay zeros."""
         result = self.op.results[0]
         version = self.hold(result, layout, lazy=lazy, zero=self.states[0].zero)
-        shape = self.setting.local_shape(result, layout, lazy)
-        self._append(Apply(self.op.index, (operand,), (version,), (None,), (shape,)))
+        if self.setting.keep is Keep.INSTRUCTIONS:
+            shape = self.setting.local_shape(result, layout, lazy)
+            self.instructions.append(Apply(self.op.index, (operand,), (version,), (None,), (shape,)))
+        if self.setting.keep is not Keep.STEPS:
+            self.count((operand,), (version,))

@@ -10,41 +10,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from galvatron_jax.partition.counts import Tally, all_collectives, traffic
+from galvatron_jax.partition.counts import Amount, Counts, Tally, all_sent, traffic
 from galvatron_jax.partition.instructions import Convert, Decision, Instruction, Loop, Version
-from galvatron_jax.partition.layout import NOWHERE, PENDING, Axis, Layout, Role, Step
+from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Role, Step
 from galvatron_jax.partition.operations import Draft, plan_operation
-from galvatron_jax.partition.setting import Held, Outcome, Setting
+from galvatron_jax.partition.setting import Held, Keep, Outcome, Setting
 from galvatron_jax.partition.static import StaticFactor, StaticOp, StaticProgram
 
 
 class Pass:
     """One pass of the planner over some operations of a program."""
 
-    def __init__(
-        self,
-        program: StaticProgram,
-        sizes: Sequence[int],
-        axes: tuple[Axis, ...],
-        allowed: tuple[frozenset[int], ...],
-        *,
-        pricing: bool = False,
-    ) -> None:
-        """A pass in a setting of its own; see `Setting`."""
-        self._start(Setting(program, sizes, axes, allowed, pricing=pricing))
-
-    def _start(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting) -> None:
+        """A pass that shares what is planned in a setting with others."""
         self.setting = setting
         self.held: dict[int, Held] = setting.initial()
-        self.flops = 0.0
         self._outcomes: list[Outcome] = []
 
-    @classmethod
-    def within(cls, setting: Setting) -> Pass:
-        """A pass that shares what was planned in a setting."""
-        planner = cls.__new__(cls)
-        planner._start(setting)
-        return planner
+    def fork(self) -> Pass:
+        """A pass that goes on from here by itself."""
+        other = Pass(self.setting)
+        other.held, other._outcomes = dict(self.held), list(self._outcomes)
+        return other
 
     @property
     def instructions(self) -> tuple[Instruction, ...]:
@@ -60,6 +47,25 @@ class Pass:
     def decisions(self) -> tuple[Decision, ...]:
         """Why operations are sharded as they are, where that costs something."""
         return tuple(chain.from_iterable([outcome.decisions for outcome in self._outcomes]))
+
+    @property
+    def flops(self) -> Amount:
+        """Local FLOPs of one device."""
+        stays = grows = 0.0
+        for outcome in self._outcomes:
+            stays += outcome.flops[0]
+            grows += outcome.flops[1]
+        return stays, grows
+
+    def counts(self, operations: int) -> Counts:
+        """What the pass counts for so far; `operations` of the program's were applied."""
+        tallies = self.tallies
+        moved, peaks, read = traffic(tallies)
+        return Counts(all_sent(tallies), self.flops, moved, peaks, operations, read)
+
+    def grows(self, value: int) -> bool:
+        """Whether a value's size is proportional to the micro-batch."""
+        return self.setting.grows(value, self.held[value].lazy)
 
     def hold(self, value: int, layout: Layout, *, zero: bool = False) -> Version:
         """Takes an input in the layout in which it is given."""
@@ -98,7 +104,6 @@ class Pass:
 
     def _take(self, outcome: Outcome) -> None:
         self.held.update(outcome.held)
-        self.flops += outcome.flops
         self._outcomes.append(outcome)
 
     def _plan(self, op: StaticOp, states: tuple[Held, ...], rows: dict[int, tuple[StaticFactor, ...]]) -> Outcome:
@@ -178,7 +183,7 @@ class _LoopPlan:
         stop = self.consts + self.carried
         zero = [state.zero for state in self.draft.states]
         for attempt in range(6):
-            body = Pass.within(self.setting.body(self.op))
+            body = Pass(self.setting.body(self.op))
             for n, (value, layout) in enumerate(zip(self.program.program.inputs, self.layouts, strict=True)):
                 # At first a carry that starts at zero counts as zero, to see whether sums into it stay pending.
                 body.hold(value, layout, zero=zero[n] and attempt == 0)
@@ -203,39 +208,59 @@ class _LoopPlan:
         for n, value in enumerate(self.program.program.outputs):
             target = self.layouts[self.consts + n] if n < self.carried else body.held[value].layouts[0]
             handed.append(body.convert(value, target))
-        results, shapes, inner_shapes = [], [], []
-        for n, (value, (inner, version)) in enumerate(zip(op.results, handed, strict=True)):
-            layout = body.held[inner].layouts[version]
-            inner_shapes.append(body.setting.local_shape(inner, layout, frozenset()))
-            lead = sum(d == 0 for d in setting.program.dim_of[value]) if n >= self.carried else 0
-            outer = tuple(p + lead if p >= 0 else p for p in layout)
-            results.append(draft.hold(value, outer))
-            shapes.append(setting.local_shape(value, outer, frozenset()))
-        materialise = tuple(
-            setting.local_shape(v, layout, frozenset()) if draft.held[v].lazy else None
-            for (v, _), layout in zip(operands, asked, strict=True)
-        )
-        draft.instructions.append(
-            Loop(
-                op.index, operands, tuple(results), materialise, tuple(shapes), body.instructions,
-                tuple(handed), tuple(inner_shapes), self.trips,
-            )
-        )  # fmt: skip
-        draft.flops = body.flops * self.trips
-        if not setting.pricing:
+        results = tuple(self._result(n, *inner, body) for n, inner in enumerate(handed))
+        if setting.keep is Keep.INSTRUCTIONS:
+            draft.instructions.append(self._loop(operands, asked, results, handed, body))
+        stays, grows = body.flops
+        draft.flops = stays * self.trips, grows * self.trips
+        if setting.keep is not Keep.STEPS:
             draft.tallies.append(self._tally(operands, results, body))
 
-    def _tally(self, operands: tuple[Version, ...], results: Sequence[Version], body: Pass) -> Tally:
-        moved, peak = traffic(body.tallies)
+    def _result(self, number: int, inner: int, version: int, body: Pass) -> Version:
+        """A result as the body hands it out, behind the leading dim if it is stacked."""
+        value, layout = self.op.results[number], body.held[inner].layouts[version]
+        lead = sum(d == 0 for d in self.setting.program.dim_of[value]) if number >= self.carried else 0
+        return self.draft.hold(value, tuple(p + lead if p >= 0 else p for p in layout))
+
+    def _loop(
+        self,
+        operands: tuple[Version, ...],
+        asked: Sequence[Layout],
+        results: tuple[Version, ...],
+        handed: Sequence[Version],
+        body: Pass,
+    ) -> Loop:
+        held, shape = self.draft.held, self.setting.local_shape
+        return Loop(
+            operation=self.op.index,
+            operands=operands,
+            results=results,
+            materialise=tuple(
+                shape(v, layout, frozenset()) if held[v].lazy else None
+                for (v, _), layout in zip(operands, asked, strict=True)
+            ),
+            shapes=tuple(shape(v, held[v].layouts[0], frozenset()) for v, _ in results),
+            body=body.instructions,
+            outputs=tuple(handed),
+            output_shapes=tuple(body.setting.local_shape(v, body.held[v].layouts[n], frozenset()) for v, n in handed),
+            trips=self.trips,
+        )
+
+    def _tally(self, operands: tuple[Version, ...], results: tuple[Version, ...], body: Pass) -> Tally:
+        tallies = body.tallies
+        (stays, grows), peaks, _ = traffic(tallies)
         fused = self.op.elementwise or self.op.free
-        size = self.draft.bytes_of
+        moved = [stays * self.trips, grows * self.trips]
+        if not fused:
+            for version in operands:
+                moved[self.draft.grows(version)] += self.draft.bytes_of(version)
         return Tally(
             read=operands,
-            made=tuple((version, size(version)) for version in results),
+            made=self.draft.made(results),
             fused=fused,
-            moved=moved * self.trips + (0.0 if fused else sum(map(size, operands))),
-            inner_peak=peak,
-            collectives=all_collectives(body.tallies) * self.trips,
+            moved=(moved[0], moved[1]),
+            inner_peaks=peaks,
+            sent=all_sent(tallies) * self.trips,
         )
 
 

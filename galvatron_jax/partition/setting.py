@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
 
-from galvatron_jax.partition.counts import Tally, count_conversion
+from galvatron_jax.partition.counts import Amount, Tally, collectives
 from galvatron_jax.partition.instructions import Convert, Decision, Instruction
-from galvatron_jax.partition.layout import NOWHERE, PENDING, Axis, Frame, Layout, convert
-from galvatron_jax.partition.static import StaticOp, StaticProgram
+from galvatron_jax.partition.layout import NOWHERE, PENDING, Axis, Frame, Layout, Step, convert
+from galvatron_jax.partition.static import StaticFactor, StaticOp, StaticProgram
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -34,18 +36,37 @@ class Held:
         return self.layouts[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Keep(Enum):
+    """What passes in a setting keep of what they plan."""
+
+    STEPS = "conversions and FLOPs"
+    COUNTS = "what instructions count for"
+    INSTRUCTIONS = "instructions, and what they count for"
+
+
+class Outcome(NamedTuple):
     """What planning one operation gives."""
 
     held: tuple[tuple[int, Held], ...]
     """New states of operands and results."""
     instructions: tuple[Instruction, ...]
     tallies: tuple[Tally, ...]
-    """Per instruction; none in a setting for prices."""
+    """What each instruction counts for."""
     decisions: tuple[Decision, ...] = ()
-    flops: float = 0.0
+    flops: Amount = (0.0, 0.0)
     """Local FLOPs of one device."""
+
+
+class DearChoice(NamedTuple):
+    """A factor chosen for an axis although it moves bytes, and what the choice depends on."""
+
+    setting: Setting
+    op: StaticOp
+    states: tuple[Held, ...]
+    axis: int
+    chosen: dict[int, StaticFactor]
+    """Factors of the axes before it."""
+    factor: StaticFactor | None
 
 
 class Setting:
@@ -58,7 +79,9 @@ class Setting:
         axes: Sequence[Axis],
         allowed: Sequence[frozenset[int]],
         *,
-        pricing: bool = False,
+        growing: frozenset[int] = frozenset(),
+        keep: Keep = Keep.INSTRUCTIONS,
+        dear: list[DearChoice] | None = None,
     ) -> None:
         """Nothing is planned yet.
 
@@ -67,18 +90,23 @@ class Setting:
             sizes: per factor.
             axes: logical axes.
             allowed: per axis, the factors it may shard.
-            pricing: whether only conversions and FLOPs are wanted: applications are not recorded.
+            growing: factors whose size is proportional to the micro-batch.
+            keep: what is wanted of what is planned.
+            dear: where choices that cost something are noted; a list of its own otherwise.
         """
-        self.program, self.sizes, self.pricing = program, tuple(sizes), pricing
+        self.program, self.sizes, self.growing, self.keep = program, tuple(sizes), growing, keep
         self.axes = tuple(axes)
         self.axis_sizes = tuple(axis.size for axis in axes)
         self.nowhere: Layout = (NOWHERE,) * len(self.axes)
         self._known: tuple[dict[tuple, dict[tuple, Outcome]], ...] = tuple({} for _ in program.operations)
         self.moves: dict[tuple[int, Held, Layout], tuple[Outcome, int]] = {}
         """Conversions by value, state and target, with the version that each makes."""
+        self.dear: list[DearChoice] = [] if dear is None else dear
+        """What was chosen at a cost, in loops too: at another micro-batch it may not be the cheapest."""
+        self._elsewhere: dict[tuple[int, ...], Setting] = {}
         self._states: dict[tuple, Held] = {}
         self._bytes: dict[tuple[int, Held, int], float] = {}
-        self._points: dict[int, float] = {}
+        self._points: dict[int, tuple[float, bool]] = {}
         self._allow(allowed)
 
     def allowing(self, allowed: Sequence[frozenset[int]]) -> Setting:
@@ -99,8 +127,16 @@ class Setting:
         """The setting of a loop's body."""
         if op.index not in self._bodies:
             assert op.body is not None
-            self._bodies[op.index] = Setting(op.body, self.sizes, self.axes, self.allowed, pricing=self.pricing)
+            self._bodies[op.index] = Setting(
+                op.body, self.sizes, self.axes, self.allowed, growing=self.growing, keep=self.keep, dear=self.dear
+            )
         return self._bodies[op.index]
+
+    def elsewhere(self, sizes: tuple[int, ...]) -> Setting:
+        """The same at other sizes, to ask what would be chosen there."""
+        if sizes not in self._elsewhere:
+            self._elsewhere[sizes] = Setting(self.program, sizes, self.axes, self.allowed)
+        return self._elsewhere[sizes]
 
     def state(self, layouts: tuple[Layout, ...], *, lazy: frozenset[int] = frozenset(), zero: bool = False) -> Held:
         """The one object for a state."""
@@ -158,14 +194,25 @@ class Setting:
                 shape[dims[place]] //= size
         return tuple(shape)
 
-    def points(self, op: StaticOp) -> float:
-        """FLOPs of a whole operation."""
+    def grows(self, value: int, lazy: frozenset[int]) -> bool:
+        """Whether a value's size is proportional to the micro-batch."""
+        growing = self.growing
+        if not growing:
+            return False
+        for dim, factor in zip(self.program.dim_of[value], self.program.positions[value], strict=True):
+            if factor in growing and dim not in lazy:
+                return True
+        return False
+
+    def points(self, op: StaticOp) -> tuple[float, bool]:
+        """FLOPs of a whole operation, and whether they are proportional to the micro-batch."""
         found = self._points.get(op.index)
         if found is None:
-            found = op.flops
+            flops, grows = op.flops, False
             for factor in op.factors:
-                found *= self.sizes[factor.factor]
-            self._points[op.index] = found
+                flops *= self.sizes[factor.factor]
+                grows |= factor.factor in self.growing
+            found = self._points[op.index] = flops, grows
         return found
 
     # ------------------------------------------------------------------------------------------ conversions
@@ -198,14 +245,23 @@ class Setting:
     def _version(self, value: int, held: Held, source: int, target: Layout, steps: tuple) -> tuple[Outcome, int]:
         after = self.state((*held.layouts, target), lazy=held.lazy, zero=held.zero)
         version = len(held.layouts)
-        made = Convert(value, source, version, steps, self.local_shape(value, target, held.lazy))
-        tallies = () if self.pricing else (self._tally(value, after, made),)
-        return Outcome(((value, after),), (made,), tallies), version
+        made = () if self.keep is Keep.COUNTS else (
+            Convert(value, source, version, steps, self.local_shape(value, target, held.lazy)),
+        )  # fmt: skip
+        tallies = () if self.keep is Keep.STEPS else (self._tally(value, after, source, version, steps),)
+        return Outcome(((value, after),), made, tallies), version
 
-    def _tally(self, value: int, held: Held, made: Convert) -> Tally:
-        read, size = self.local_bytes(value, held, made.source), self.local_bytes(value, held, made.target)
-        return count_conversion(
-            made, read, size, self.program.itemsize[value], self.program.program.values[value].dtype
+    def _tally(self, value: int, held: Held, source: int, target: int, steps: Sequence[Step]) -> Tally:
+        """A conversion counts its collectives; slices alone fuse with what reads them."""
+        grows = self.grows(value, held.lazy)
+        sent = collectives(steps, self.program.itemsize[value], self.program.program.values[value].dtype)
+        moved = self.local_bytes(value, held, source) if sent else 0.0
+        return Tally(
+            read=((value, source),),
+            made=(((value, target), self.local_bytes(value, held, target), grows),),
+            fused=not sent,
+            moved=(0.0, moved) if grows else (moved, 0.0),
+            sent=tuple([(each, grows) for each in sent]),
         )
 
 

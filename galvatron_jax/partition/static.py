@@ -87,14 +87,30 @@ class StaticProgram:
     operations: tuple[StaticOp, ...]
     roles: tuple[FactorRole, ...]
 
-    def sizes(self, growing: int | None, microbatch: int, traced_at: int) -> tuple[int, ...]:
+    def sizes(self, batch_factor: int | None, microbatch: int, traced_at: int) -> tuple[int, ...]:
         """Sizes of all factors at another micro-batch."""
         sizes = [f.size for f in self.program.factors]
-        for index, factor in enumerate(self.program.factors):
-            # A batch dim that the layer takes apart grows in one of its factors; whole ones are the batch each.
-            if factor.role is FactorRole.BATCH and (factor.size == traced_at or index == growing):
-                sizes[index] = max(1, factor.size * microbatch // traced_at)
+        for index in self.growing(batch_factor, traced_at):
+            sizes[index] = max(1, sizes[index] * microbatch // traced_at)
         return tuple(sizes)
+
+    def growing(self, batch_factor: int | None, traced_at: int) -> frozenset[int]:
+        """Factors that grow with the micro-batch.
+
+        A batch dim that the layer takes apart grows in one of its factors; whole ones are the batch each.
+        """
+        return frozenset(
+            index
+            for index, factor in enumerate(self.program.factors)
+            if factor.role is FactorRole.BATCH and (factor.size == traced_at or index == batch_factor)
+        )
+
+    def is_affine(self, growing: frozenset[int]) -> bool:
+        """Whether every value and the work of every operation is fixed or proportional to the micro-batch."""
+        return all(sum(f in growing for f in positions) <= 1 for positions in self.positions) and all(
+            sum(f.factor in growing for f in op.factors) <= 1 and (op.body is None or op.body.is_affine(growing))
+            for op in self.operations
+        )
 
 
 def prepare(program: Program) -> StaticProgram:

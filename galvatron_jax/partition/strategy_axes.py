@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from galvatron_jax.partition.choice import KEEP_TENSOR_SHARDS
 from galvatron_jax.partition.layout import NOWHERE, Axis, Layout, Role, Step, StepKind
 from galvatron_jax.partition.planner import Pass, steps_of
-from galvatron_jax.partition.setting import Setting
+from galvatron_jax.partition.setting import Keep, Setting
 from galvatron_jax.partition.static import StaticKind
 from galvatron_jax.spec.program import FactorRole
 from galvatron_jax.spec.strategy import LayerStrategy, SequenceParallel
@@ -216,8 +216,8 @@ def _option_cost(
     plan = AxisPlan(axes, tuple(together))
     if axes not in settings:
         sizes = [f.size for f in static.program.program.factors]
-        settings[axes] = Setting(static.program, sizes, axes, plan.allowed, pricing=True)
-    planner = Pass.within(settings[axes].allowing(plan.allowed))
+        settings[axes] = Setting(static.program, sizes, axes, plan.allowed, keep=Keep.STEPS)
+    planner = Pass(settings[axes].allowing(plan.allowed))
     for port in static.kind.inputs:
         planner.hold(port.value, parameter_layout(static, port.value, plan))
     for port in static.kind.outputs:
@@ -229,7 +229,7 @@ def _option_cost(
         * (1.0 if static.program.has_batch[value] or step.kind is not StepKind.ALL_GATHER else KEEP_TENSOR_SHARDS)
         for value, step in steps_of(planner.instructions)
     )
-    return planner.flops, sent
+    return sum(planner.flops), sent
 
 
 def step_bytes(step: Step, itemsize: int) -> float:

@@ -41,12 +41,10 @@ class Rule(StrEnum):
     """Heuristic, for derived times only: once the fastest plan fits, more micro-batches are not tried. A roofline never
     gains from them; measured times may, and then all are tried."""
     AFFINE_IN_MICROBATCH = "affine-in-microbatch"
-    """Heuristic: plans at three micro-batches that lie on one line stand for those between (not counted)."""
+    """A layer is planned at one micro-batch for all at which the planner would decide alike (not counted)."""
 
 
-HEURISTICS = frozenset(
-    {Rule.TP_ACROSS_NODES, Rule.ULYSSES_WITH_TP, Rule.MICROBATCHES_ON_DEMAND, Rule.AFFINE_IN_MICROBATCH}
-)
+HEURISTICS = frozenset({Rule.TP_ACROSS_NODES, Rule.ULYSSES_WITH_TP, Rule.MICROBATCHES_ON_DEMAND})
 """Rules that may lose the optimum; all others are lossless."""
 
 

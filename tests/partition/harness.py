@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from galvatron_jax.partition.instructions import Apply, Convert, Version
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Axis, Frame, Layout
 from galvatron_jax.partition.planner import Pass
+from galvatron_jax.partition.setting import Setting
 from galvatron_jax.partition.static import StaticProgram, prepare
 from galvatron_jax.runtime.emit import Evaluator
 from galvatron_jax.spec.program import FactorRole
@@ -87,7 +88,7 @@ def planned(draw: st.DrawFn, function: Callable[..., Any], operands: Sequence[np
     every = frozenset(range(len(factors)))
     some = st.frozensets(st.sampled_from(sorted(every))) if every else st.just(every)
     allowed = tuple(draw(st.just(every) | some) for _ in axes)
-    planner = Pass(static, [f.size for f in factors], axes, allowed)
+    planner = Pass(Setting(static, [f.size for f in factors], axes, allowed))
     inputs = []
     for value, operand in zip(flat.inputs, operands, strict=True):
         sizes = tuple(factors[f].size for f in static.positions[value])

@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from galvatron_jax.partition.counts import Counts
 from galvatron_jax.partition.layer_plan import BoundarySpec, Collective, LayerPlan, ParameterPlan, PhasePlan
+from galvatron_jax.partition.series import LayerSeries
 from galvatron_jax.spec.cluster import ClusterSpec, DeviceSpec, Link
 from galvatron_jax.spec.model import InputPort, Layer, LayerKind, ModelSpec, OutputPort, Parameter, PortRole
 from galvatron_jax.spec.profile import CollectiveKind
@@ -129,6 +131,21 @@ class FakePlanner:
             outputs=tuple(layouts[port.value] for port in kind.outputs),
         )
 
+    def plan_series(
+        self,
+        kind: LayerKind,
+        strategy: LayerStrategy,
+        *,
+        mesh: dict[str, int],
+        microbatches: tuple[int, ...],
+        model_microbatch: int,
+    ) -> tuple[LayerSeries, ...]:
+        low, high = (
+            self.plan_layer(kind, strategy, mesh=mesh, microbatch=microbatch, model_microbatch=model_microbatch)
+            for microbatch in (microbatches[0], microbatches[-1])
+        )
+        return (line(low, high, microbatches),)
+
     def boundary_collectives(
         self, dims: tuple[int, ...], dtype: str, source: BoundarySpec, target: BoundarySpec, *, mesh: Mapping[str, int]
     ) -> tuple[Collective, ...]:
@@ -140,6 +157,38 @@ class FakePlanner:
                 size = math.prod(mesh[axis] for axis in extra)
                 moves.append(Collective(CollectiveKind.ALL_GATHER, extra, size, 4 * math.prod(dims)))
         return tuple(moves)
+
+
+def line(low: LayerPlan, high: LayerPlan, microbatches: tuple[int, ...]) -> LayerSeries:
+    """The line through a layer's plans at the least and the largest micro-batch."""
+    if len(microbatches) == 1:
+        return LayerSeries.of(high, microbatches[0])
+    stretch = microbatches[-1] / (microbatches[-1] - microbatches[0])
+
+    def amount(one: float, other: float) -> tuple[float, float]:
+        grows = (other - one) * stretch
+        return other - grows, grows
+
+    def counts(one: PhasePlan, other: PhasePlan) -> Counts:
+        return Counts(
+            sent=tuple((b, a.bytes != b.bytes) for a, b in zip(one.collectives, other.collectives, strict=True)),
+            flops=amount(one.flops, other.flops),
+            moved=amount(one.bytes, other.bytes),
+            peaks=(amount(one.peak_bytes, other.peak_bytes),),
+            operations=one.operations,
+        )
+
+    stays, grows = amount(low.residual_bytes, high.residual_bytes)
+    return LayerSeries(
+        microbatches=microbatches,
+        planned_at=microbatches[-1],
+        forward=counts(low.forward, high.forward),
+        backward=counts(low.backward, high.backward),
+        residual_bytes=(round(stays), round(grows)),
+        parameters=low.parameters,
+        inputs=low.inputs,
+        outputs=low.outputs,
+    )
 
 
 @dataclass(frozen=True)
