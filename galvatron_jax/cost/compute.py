@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,11 +34,37 @@ class ComputeTime:
     """Whether no measurement at this shape (or between two) stands behind it."""
 
 
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What one device computes under several plans of a layer, forward and backward."""
+
+    flops: np.ndarray
+    """float64[plans, 2]"""
+    bytes: np.ndarray
+    """Read and written. float64[plans, 2]"""
+
+
+@dataclass(frozen=True, eq=False)
+class ComputeTimes:
+    """`ComputeTime` of several plans."""
+
+    seconds: np.ndarray
+    """Forward and backward. float64[plans, 2]"""
+    estimated: np.ndarray
+    """bool[plans]"""
+
+
 class Compute(Protocol):
     """Where computation times come from."""
 
     def layer(self, kind: LayerKind, plan: LayerPlan, *, strategy: LayerStrategy, shape: LocalShape) -> ComputeTime:
         """Time of a layer kind under a strategy, whose plan and local shape are given."""
+        ...
+
+    def layers(
+        self, kind: LayerKind, work: Work, *, strategies: Sequence[LayerStrategy], mesh: dict[str, int], microbatch: int
+    ) -> ComputeTimes:
+        """The same under several strategies."""
         ...
 
 
@@ -73,6 +100,14 @@ class Roofline:
         """Time of a layer kind by its planned local FLOPs and bytes."""
         peak = self.peak(kind)
         return ComputeTime(self._phase(plan.forward, peak), self._phase(plan.backward, peak), estimated=True)
+
+    def layers(
+        self, kind: LayerKind, work: Work, *, strategies: Sequence[LayerStrategy], mesh: dict[str, int], microbatch: int
+    ) -> ComputeTimes:
+        """The same for several plans."""
+        peak, bandwidth = self.peak(kind), self.device.memory_bandwidth_bytes_per_s
+        seconds = np.maximum(work.flops / (peak * self.efficiency), work.bytes / bandwidth)
+        return ComputeTimes(seconds, np.ones(len(seconds), bool))
 
     def peak(self, kind: LayerKind) -> float:
         """Peak FLOP/s for the kind's dtype; a dtype without a figure takes the device's lowest."""
@@ -110,16 +145,32 @@ class ProfiledCompute:
     def layer(self, kind: LayerKind, plan: LayerPlan, *, strategy: LayerStrategy, shape: LocalShape) -> ComputeTime:
         """Time of a layer kind at a local shape."""
         bound = self.roofline.layer(kind, plan, strategy=strategy, shape=shape)
+        return self._time(kind, bound, _combination(shape, strategy.remat), shape.batch)
+
+    def layers(
+        self, kind: LayerKind, work: Work, *, strategies: Sequence[LayerStrategy], mesh: dict[str, int], microbatch: int
+    ) -> ComputeTimes:
+        """The same for several plans."""
+        bounds = self.roofline.layers(kind, work, strategies=strategies, mesh=mesh, microbatch=microbatch)
+        times = []
+        for strategy, seconds in zip(strategies, bounds.seconds.tolist(), strict=True):
+            shape = local_shape(strategy, mesh=mesh, microbatch=microbatch)
+            bound = ComputeTime(*seconds, estimated=True)
+            times.append(self._time(kind, bound, _combination(shape, strategy.remat), shape.batch))
+        seconds = np.array([(time.forward_s, time.backward_s) for time in times])
+        return ComputeTimes(seconds, np.array([time.estimated for time in times]))
+
+    def _time(self, kind: LayerKind, bound: ComputeTime, wanted: tuple, batch: int) -> ComputeTime:
+        """Time of a combination of degrees and remat at a local batch, whose roofline is `bound`."""
         combinations = self._tables.get(kind.fingerprint)
         if not combinations:
             return bound
-        wanted = _combination(shape, strategy.remat)
         key = wanted if wanted in combinations else min(combinations, key=lambda have: _distance(have, wanted))
         batches, forward, backward = combinations[key]
-        if key == wanted and batches[0] <= shape.batch <= batches[-1]:
-            at = shape.batch
-            return ComputeTime(interpolate(batches, forward, at), interpolate(batches, backward, at), estimated=False)
-        nearest = int(min(batches, key=lambda batch: abs(math.log(batch / shape.batch))))
+        if key == wanted and batches[0] <= batch <= batches[-1]:
+            seconds = interpolate(batches, forward, batch), interpolate(batches, backward, batch)
+            return ComputeTime(*seconds, estimated=False)
+        nearest = int(min(batches, key=lambda measured: abs(math.log(measured / batch))))
         index = int(np.searchsorted(batches, nearest))
         reference = self._reference(kind, key, nearest)
         return ComputeTime(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from galvatron_jax.cost.sizes import itemsize
-from galvatron_jax.partition.layer_plan import LayerPlan
+from galvatron_jax.partition.layer_plan import LayerPlan, ParameterPlan
 from galvatron_jax.spec.model import LayerKind
 
 SAME = "same"
@@ -68,25 +69,36 @@ def layer_memory(
             added up only once each layer has synchronised its own.
         optimizer: state per parameter.
     """
-    mine = [parameter for parameter in plan.parameters if parameter.port in owned]
-    dtypes = {parameter.port: parameter_dtype(kind, parameter.port) for parameter in mine}
-    return LayerMemory(
-        parameter_bytes=sum(parameter.storage_bytes for parameter in mine),
-        optimizer_bytes=sum(optimizer.slot_bytes(p.optimizer_bytes, dtypes[p.port]) for p in mine),
-        gradient_bytes=sum(parameter.accumulator_bytes for parameter in plan.parameters),
+    return replace(
+        parameter_memory(kind, plan.parameters, owned=owned, optimizer=optimizer),
         residual_bytes=plan.residual_bytes,
         workspace_bytes=max(plan.forward.peak_bytes, plan.backward.peak_bytes),
     )
 
 
+def parameter_memory(
+    kind: LayerKind, parameters: Sequence[ParameterPlan], *, owned: tuple[int, ...], optimizer: OptimizerMemory
+) -> LayerMemory:
+    """What a layer's parameters take; arguments as `layer_memory`."""
+    mine = [parameter for parameter in parameters if parameter.port in owned]
+    dtypes = {parameter.port: parameter_dtype(kind, parameter.port) for parameter in mine}
+    return LayerMemory(
+        parameter_bytes=sum(parameter.storage_bytes for parameter in mine),
+        optimizer_bytes=sum(optimizer.slot_bytes(p.optimizer_bytes, dtypes[p.port]) for p in mine),
+        gradient_bytes=sum(parameter.accumulator_bytes for parameter in parameters),
+        residual_bytes=0,
+        workspace_bytes=0,
+    )
+
+
 def update_traffic_bytes(
-    kind: LayerKind, plan: LayerPlan, *, owned: tuple[int, ...], optimizer: OptimizerMemory
+    kind: LayerKind, parameters: Sequence[ParameterPlan], *, owned: tuple[int, ...], optimizer: OptimizerMemory
 ) -> int:
     """Bytes that the optimizer's update reads and writes: gradient once, parameter and every slot twice."""
     return sum(
         3 * parameter.optimizer_bytes
         + 2 * optimizer.slot_bytes(parameter.optimizer_bytes, parameter_dtype(kind, parameter.port))
-        for parameter in plan.parameters
+        for parameter in parameters
         if parameter.port in owned
     )
 

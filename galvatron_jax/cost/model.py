@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from galvatron_jax.cost.compute import Compute, compute_for, local_shape
 from galvatron_jax.cost.links import Links, links_for
-from galvatron_jax.cost.memory import LayerMemory, OptimizerMemory, layer_memory, update_traffic_bytes
+from galvatron_jax.cost.memory import LayerMemory, OptimizerMemory, parameter_memory, update_traffic_bytes
 from galvatron_jax.cost.planner import Planner, PlanTable
 from galvatron_jax.cost.sizes import batch_spec, local_bytes, value_dims, whole_bytes
 from galvatron_jax.cost.wiring import LayerWiring, Wiring, wire
+from galvatron_jax.partition.counts import Sent
 from galvatron_jax.partition.layer_plan import BoundarySpec, Collective, LayerPlan, ParameterPlan
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.model import ModelSpec
@@ -35,6 +37,20 @@ class Batching:
     def microbatch(self) -> int:
         """Examples of one micro-batch, over all devices."""
         return self.global_batch // self.num_microbatches
+
+
+class Ports(Protocol):
+    """Layouts at a layer's ports: a plan's, or those of a series of plans."""
+
+    @property
+    def inputs(self) -> tuple[BoundarySpec | None, ...]:
+        """Per input port, None for parameters."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[BoundarySpec | None, ...]:
+        """Per output port."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -85,12 +101,19 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
-class _State:
+class ParameterCost:
     """What a layer's parameters cost."""
 
     synchronisation_s: float
+    """Per step."""
     update_s: float
     memory: LayerMemory
+    """Without residuals and workspace."""
+
+    @property
+    def once_s(self) -> float:
+        """Per step."""
+        return self.synchronisation_s + self.update_s
 
 
 @dataclass(frozen=True)
@@ -109,7 +132,7 @@ class CostModel:
     provenance: str
     _seconds: dict[tuple, float] = field(default_factory=dict, repr=False, compare=False)
     """Of collectives priced so far."""
-    _states: dict[tuple, tuple[tuple[ParameterPlan, ...], _State]] = field(
+    _parameters: dict[tuple, tuple[tuple[ParameterPlan, ...], ParameterCost]] = field(
         default_factory=dict, repr=False, compare=False
     )
     """Of parameters priced so far, which do not depend on the micro-batch."""
@@ -163,8 +186,8 @@ class CostModel:
         plan = self.table.plan(wiring.kind, strategy, microbatch=batching.microbatch)
         shape = local_shape(strategy, mesh=self.table.sizes, microbatch=batching.microbatch)
         compute = self.compute.layer(kind, plan, strategy=strategy, shape=shape)
-        there, back = self._held_seconds(wiring, plan, batching)
-        state = self._state(wiring, plan)
+        there, back = self.held_seconds(wiring, plan, batching)
+        state = self.parameter_cost(wiring, plan.parameters)
         return LayerCost(
             forward=PhaseCost(compute.forward_s, self._exposed(plan.forward.collectives, compute.forward_s) + there),
             backward=PhaseCost(compute.backward_s, self._exposed(plan.backward.collectives, compute.backward_s) + back),
@@ -178,25 +201,25 @@ class CostModel:
             estimated=compute.estimated,
         )
 
-    def _state(self, wiring: LayerWiring, plan: LayerPlan) -> _State:
+    def parameter_cost(self, wiring: LayerWiring, parameters: tuple[ParameterPlan, ...]) -> ParameterCost:
         """What a layer's parameters cost, whatever the micro-batch."""
-        key = (id(plan.parameters), wiring.kind, wiring.owned)
-        if key not in self._states:
+        key = (id(parameters), wiring.kind, wiring.owned)
+        if key not in self._parameters:
             kind, owned = self.model.kinds[wiring.kind], wiring.owned
-            publish = (c for parameter in plan.parameters if parameter.port in owned for c in parameter.publish)
-            traffic = update_traffic_bytes(kind, plan, owned=owned, optimizer=self.optimizer)
-            found = _State(
-                self.seconds(fused(c for parameter in plan.parameters for c in parameter.sync))
+            publish = (c for parameter in parameters if parameter.port in owned for c in parameter.publish)
+            traffic = update_traffic_bytes(kind, parameters, owned=owned, optimizer=self.optimizer)
+            found = ParameterCost(
+                self.seconds(fused(c for parameter in parameters for c in parameter.sync))
                 + self.seconds(fused(publish)),
                 traffic / self.update_bytes_per_s,
-                layer_memory(kind, plan, owned=owned, optimizer=self.optimizer),
+                parameter_memory(kind, parameters, owned=owned, optimizer=self.optimizer),
             )
             # The parameters are kept, so that no others come to have their identity.
-            self._states[key] = plan.parameters, found
-        return self._states[key][1]
+            self._parameters[key] = parameters, found
+        return self._parameters[key][1]
 
     def transition_seconds(
-        self, before: int, wiring: LayerWiring, source: LayerPlan, target: LayerPlan, *, microbatch: int
+        self, before: int, wiring: LayerWiring, source: Ports, target: Ports, *, microbatch: int
     ) -> tuple[float, float]:
         """Seconds per micro-batch to hand values from a layer of kind `before` to the next one, and gradients back."""
         kind = self.model.kinds[before]
@@ -214,7 +237,7 @@ class CostModel:
         return _sum_pairs(moves)
 
     def cut_seconds(
-        self, before: int, wiring: LayerWiring, plan: LayerPlan, batching: Batching, *, leaving: bool
+        self, before: int, wiring: LayerWiring, plan: Ports, batching: Batching, *, leaving: bool
     ) -> tuple[float, float]:
         """Seconds per micro-batch, there and back, between a layer's layouts and the plan-wide one at a stage's edge.
 
@@ -237,12 +260,17 @@ class CostModel:
 
     def seconds(self, collectives: Iterable[Collective]) -> float:
         """Collectives one after another."""
-        total = 0.0
-        for collective in collectives:
-            key = (collective.kind, collective.axes, collective.bytes)
-            found = self._seconds.get(key)
+        return self.sent_seconds([(collective, False) for collective in collectives], microbatch=1, planned_at=1)
+
+    def sent_seconds(self, sent: Iterable[Sent], *, microbatch: int, planned_at: int) -> float:
+        """Collectives one after another, at another micro-batch than the one they were planned at."""
+        total, known = 0.0, self._seconds
+        for collective, grows in sent:
+            size = collective.bytes * microbatch // planned_at if grows else collective.bytes
+            key = (collective.kind, collective.axes, size)
+            found = known.get(key)
             if found is None:
-                found = self._seconds[key] = self.links.seconds(collective)
+                found = known[key] = self.links.seconds(replace(collective, bytes=size))
             total += found
         return total
 
@@ -281,7 +309,7 @@ class CostModel:
         total = self.seconds(collectives)
         return total - self.overlap * min(total, compute_s)
 
-    def _held_seconds(self, wiring: LayerWiring, plan: LayerPlan, batching: Batching) -> tuple[float, float]:
+    def held_seconds(self, wiring: LayerWiring, plan: Ports, batching: Batching) -> tuple[float, float]:
         """Conversions between the plan-wide layout and the layer's own, in forward and in backward."""
         kind, moves = self.model.kinds[wiring.kind], []
         for held, reading in [(h, True) for h in wiring.reads] + [(h, False) for h in wiring.writes]:

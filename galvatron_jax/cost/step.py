@@ -108,9 +108,9 @@ def tie_signature(parameter: ParameterPlan) -> tuple:
     )
 
 
-def signatures(plan: LayerPlan, tied: tuple[tuple[str, int], ...]) -> dict[str, tuple]:
-    """Signature per tied parameter that a layer with this plan uses."""
-    by_port = {parameter.port: parameter for parameter in plan.parameters}
+def signatures(parameters: Sequence[ParameterPlan], tied: tuple[tuple[str, int], ...]) -> dict[str, tuple]:
+    """Signature per tied parameter that a layer with these parameters uses."""
+    by_port = {parameter.port: parameter for parameter in parameters} if tied else {}
     return {name: tie_signature(by_port[port]) for name, port in tied if port in by_port}
 
 
@@ -118,7 +118,7 @@ def check_ties(costs: CostModel, plans: Sequence[LayerPlan], strategies: Sequenc
     """Refuses plans whose layers disagree on a tied parameter."""
     owners: dict[str, tuple[int, tuple]] = {}
     for index, (wiring, plan) in enumerate(zip(costs.wiring.layers, plans, strict=True)):
-        for name, signature in signatures(plan, wiring.tied).items():
+        for name, signature in signatures(plan.parameters, wiring.tied).items():
             owner, expected = owners.setdefault(name, (index, signature))
             if signature != expected:
                 first, second = costs.model.layers[owner].name, costs.model.layers[index].name

@@ -59,9 +59,13 @@ class Counts:
             ),
             flops=amount_at(self.flops, microbatch, planned_at),
             bytes=amount_at(self.moved, microbatch, planned_at),
-            peak_bytes=int(max(amount_at(peak, microbatch, planned_at) for peak in self.peaks)),
+            peak_bytes=self.peak_bytes_at(microbatch, planned_at),
             operations=self.operations,
         )
+
+    def peak_bytes_at(self, microbatch: int, planned_at: int) -> int:
+        """The peak of live temporaries at another micro-batch than the one planned."""
+        return int(max([amount_at(peak, microbatch, planned_at) for peak in self.peaks]))
 
 
 def amount_at(amount: Amount, microbatch: int, planned_at: int) -> float:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from galvatron_jax.partition.agreement import Agreement
 from galvatron_jax.partition.counts import Counts
 from galvatron_jax.partition.instructions import Instruction, Residual, Version
-from galvatron_jax.partition.layer_plan import BoundarySpec, LayerPlan
+from galvatron_jax.partition.layer_plan import BoundarySpec, LayerPlan, ParameterPlan
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Step
 from galvatron_jax.partition.parameters import Storage, StoredParameter
 from galvatron_jax.partition.planner import Pass
@@ -161,7 +162,7 @@ class _Passes:
     gradient_versions: tuple[Version, ...]
     backward_reads: frozenset[int]
 
-    @property
+    @cached_property
     def gradient_layouts(self) -> tuple[Layout, ...]:
         """In which gradients leave."""
         return tuple(self.backward.held[v].layouts[n] for v, n in self.gradient_versions)
@@ -221,6 +222,7 @@ class _Context:
         self._throughs: dict[tuple[Remat, bool], _Through] = {}
         self._passes: dict[tuple[Remat, int], _Passes] = {}
         self._plans: dict[tuple[int, Remat], LocalPlan] = {}
+        self._parameters: dict[tuple, tuple[ParameterPlan, ...]] = {}
 
     # ------------------------------------------------------------------------------------------ plans
 
@@ -262,14 +264,13 @@ class _Context:
     def series(self, zero: int, remat: Remat, microbatches: tuple[int, ...]) -> LayerSeries:
         """The plan at a ZeRO stage with a remat policy, as it grows with the micro-batch."""
         passes = self.passes(zero, remat)
-        stored = self.stored(zero, passes.gradient_layouts)
         return LayerSeries(
             microbatches=microbatches,
             planned_at=self.microbatch,
             forward=passes.counts[0],
             backward=passes.counts[1],
             residual_bytes=passes.residual_bytes,
-            parameters=tuple(parameter.plan for parameter in stored.values()),
+            parameters=self.parameters(zero, passes.gradient_layouts),
             inputs=self.ports.input_specs(sharded=zero == 3),
             outputs=self.output_specs,
             notes=self.kind.notes,
@@ -279,6 +280,14 @@ class _Context:
         """Each parameter's way through a step."""
         accumulated = {i: layout for (i, _, _), layout in zip(self.gradients, gradient_layouts, strict=True)}
         return {i: self.storage.parameter(i, zero=zero, accumulated=accumulated.get(i)) for i in self.static.parameters}
+
+    def parameters(self, zero: int, gradient_layouts: tuple[Layout, ...]) -> tuple[ParameterPlan, ...]:
+        """The same as planned; one object for all remat policies that leave gradients alike."""
+        key = zero, gradient_layouts
+        if key not in self._parameters:
+            stored = self.stored(zero, gradient_layouts)
+            self._parameters[key] = tuple(parameter.plan for parameter in stored.values())
+        return self._parameters[key]
 
     # ------------------------------------------------------------------------------------------ forward and backward
 

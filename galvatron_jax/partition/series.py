@@ -48,16 +48,20 @@ class LayerSeries:
     def at(self, microbatch: int) -> LayerPlan:
         """The plan at one of the micro-batches, without instructions."""
         assert microbatch in self.microbatches, f"{microbatch} is not one of {self.microbatches}"
-        stays, grows = self.residual_bytes
         return LayerPlan(
             forward=self.forward.at(microbatch, self.planned_at),
             backward=self.backward.at(microbatch, self.planned_at),
-            residual_bytes=stays + grows * microbatch // self.planned_at,
+            residual_bytes=self.residual_bytes_at(microbatch),
             parameters=self.parameters,
             inputs=self.inputs,
             outputs=self.outputs,
             notes=self.notes,
         )
+
+    def residual_bytes_at(self, microbatch: int) -> int:
+        """Residuals at one of the micro-batches."""
+        stays, grows = self.residual_bytes
+        return stays + grows * microbatch // self.planned_at
 
 
 def _counts(phase: PhasePlan) -> Counts:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from galvatron_jax.cost.model import Batching, CostModel, LayerCost
+from galvatron_jax.cost.layer_costs import layer_costs
+from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.step import signatures
 from galvatron_jax.cost.wiring import LayerWiring
-from galvatron_jax.partition.layer_plan import LayerPlan
+from galvatron_jax.partition.layer_plan import ParameterPlan
+from galvatron_jax.partition.series import LayerSeries
 from galvatron_jax.search.space import SearchSpace
 from galvatron_jax.spec.strategy import LayerStrategy
 
@@ -51,8 +53,8 @@ class Table:
     """int64[options]"""
     boundary: np.ndarray
     """Class of the layouts at the layer's boundary. int64[options]"""
-    examples: tuple[LayerPlan, ...]
-    """A plan of each class."""
+    examples: tuple[LayerSeries, ...]
+    """Plans of each class."""
     ties: tuple[dict[str, tuple], ...]
     """Per option, the signature of each tied parameter."""
     tied_bytes: tuple[dict[str, int], ...]
@@ -132,31 +134,30 @@ class TableBuilder:
         return self._priced[key]
 
     def _price(self, slot: Slot, batching: Batching) -> Table:
-        costs, wiring = self.costs, slot.wiring
+        wiring = slot.wiring
         strategies = self.candidates(wiring.kind, batching)
-        plans = [costs.table.plan(wiring.kind, strategy, microbatch=batching.microbatch) for strategy in strategies]
-        prices = [costs.layer_cost(wiring, strategy, batching) for strategy in strategies]
+        priced = layer_costs(self.costs, wiring, strategies, batching)
         classes: dict[tuple, int] = {}
-        examples: list[LayerPlan] = []
+        examples: list[LayerSeries] = []
         boundary = []
-        for plan in plans:
+        for plan in priced.series:
             layouts = (
-                tuple(plan.inputs[hop.input] for hop in wiring.hops),
-                tuple(plan.outputs[port] for port in slot.handed_on),
+                tuple([plan.inputs[hop.input] for hop in wiring.hops]),
+                tuple([plan.outputs[port] for port in slot.handed_on]),
             )
             if layouts not in classes:
                 classes[layouts] = len(classes)
                 examples.append(plan)
             boundary.append(classes[layouts])
-        self.priced += len(prices)
-        self.estimated += sum(price.estimated for price in prices)
+        self.priced += len(strategies)
+        self.estimated += int(priced.estimated.sum())
         return Table(
             strategies,
-            **_columns(prices),
+            *(getattr(priced, name) for name in COLUMNS),
             boundary=np.array(boundary),
             examples=tuple(examples),
-            ties=tuple(signatures(plan, wiring.tied) for plan in plans),
-            tied_bytes=tuple(_tied_bytes(plan, wiring.tied) for plan in plans),
+            ties=tuple([signatures(plan.parameters, wiring.tied) for plan in priced.series]),
+            tied_bytes=tuple([_tied_bytes(plan.parameters, wiring.tied) for plan in priced.series]),
         )
 
     def candidates(self, kind: int, batching: Batching) -> tuple[LayerStrategy, ...]:
@@ -194,19 +195,8 @@ class TableBuilder:
         return self._moves[key]
 
 
-def _columns(prices: Sequence[LayerCost]) -> dict[str, np.ndarray]:
-    return {
-        "forward_s": np.array([price.forward.seconds for price in prices]),
-        "backward_s": np.array([price.backward.seconds for price in prices]),
-        "once_s": np.array([price.once_s for price in prices]),
-        "static_bytes": np.array([price.memory.static_bytes for price in prices], np.int64),
-        "residual_bytes": np.array([price.memory.residual_bytes for price in prices], np.int64),
-        "workspace_bytes": np.array([price.memory.workspace_bytes for price in prices], np.int64),
-    }
-
-
-def _tied_bytes(plan: LayerPlan, tied: tuple[tuple[str, int], ...]) -> dict[str, int]:
-    by_port = {parameter.port: parameter.optimizer_bytes for parameter in plan.parameters}
+def _tied_bytes(parameters: Sequence[ParameterPlan], tied: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    by_port = {parameter.port: parameter.optimizer_bytes for parameter in parameters} if tied else {}
     return {name: by_port[port] for name, port in tied if port in by_port}
 
 
