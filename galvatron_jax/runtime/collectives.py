@@ -136,6 +136,8 @@ class _Prediction:
         self.add(self.of_phase(run, plan.forward), self.length(run))
         for port, references in enumerate(run.outputs):
             self.move_value(references[0], run.local.output_spec(port), self.specs[references[0]], self.length(run))
+            if run.length > 1 and port in _handed_on(run):
+                self.move_value(references[-1], self.specs[references[0]], self.specs[references[-1]])
 
     def measures(self) -> None:
         for sink, reference in self.step.traced.spec.results:
@@ -155,8 +157,9 @@ class _Prediction:
                 continue
             for index, reference in enumerate(run.outputs[port]):
                 last = port in carried and index == run.length - 1
-                if reference in cotangents and not last:
-                    self.move_value(reference, self.specs[reference], run.local.output_spec(port))
+                if reference in cotangents:
+                    target = self.specs[run.outputs[port][0]] if last else run.local.output_spec(port)
+                    self.move_value(reference, self.specs[reference], target)
             if port in carried:
                 first = run.outputs[port][0]
                 self.move_value(first, self.specs[first], run.local.output_spec(port), self.length(run))
@@ -193,6 +196,11 @@ class _Prediction:
         dtype = run.local.static.program.program.values[run.local.static.kind.inputs[port].value].dtype
         moved = [collective(s, itemsize(dtype), dtype) for s in steps if s.kind is not StepKind.SLICE]
         self.add(moved, stacked=stacked)
+
+
+def _handed_on(run: Run) -> set[int]:
+    """Output ports whose values each next layer of the run reads."""
+    return {way.output for way in run.inputs if way.way is Way.CARRY}
 
 
 def _in_text(instructions: Iterable[Instruction], program: Program) -> Iterator[Collective]:

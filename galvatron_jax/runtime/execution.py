@@ -18,8 +18,10 @@ from galvatron_jax.partition.boundary import boundary_steps
 from galvatron_jax.partition.layer_plan import BoundarySpec
 from galvatron_jax.runtime.emit import LayerProgram, run_steps
 from galvatron_jax.runtime.runs import Layouts, Run, Way
-from galvatron_jax.runtime.storage import Storage
+from galvatron_jax.runtime.storage import Storage, make_storage
 from galvatron_jax.spec.model import PortRole
+from galvatron_jax.spec.plan import Plan
+from galvatron_jax.spec.strategy import Remat
 from galvatron_jax.trace.model import Traced
 
 Gradients = dict[tuple[int, int], Any]
@@ -91,16 +93,28 @@ class Executor:
             state: state leaves by path, whole.
             batch: local leaves of the micro-batch by path, their batch dim over the plan's batch axes.
         """
+        store = self.store(state, batch)
+        tapes = self.all_forward(parameters, store)
+        values = {sink: store[reference] for sink, reference in self.traced.spec.results}
+        return MicrobatchResult(values, self.all_backward(tapes, self.seed(values)))
+
+    def store(self, state: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What layers read from outside, by reference: leaves of the batch, constants and state."""
         store: dict[str, Any] = {f"batch:{k}": v for k, v in batch.items()}
         store |= self.traced.constants
         self._add_state(store, state)
-        tapes = [self.forward(number, run, parameters, store) for number, run in enumerate(self.runs)]
-        values = {sink: store[reference] for sink, reference in self.traced.spec.results}
-        cotangents = {self._loss_reference(): self._seed(values)}
+        return store
+
+    def all_forward(self, parameters: Mapping[str, Any], store: dict[str, Any]) -> list[Tape]:
+        """Runs all layers; values go into the store."""
+        return [self.forward(number, run, parameters, store) for number, run in enumerate(self.runs)]
+
+    def all_backward(self, tapes: Sequence[Tape], cotangents: dict[str, Any]) -> Gradients:
+        """Runs all layers backward; takes cotangents by reference and adds those of what was read from outside."""
         gradients: Gradients = {}
         for number in range(len(self.runs) - 1, -1, -1):
             self.backward(number, self.runs[number], tapes[number], cotangents, gradients)
-        return MicrobatchResult(values, gradients)
+        return gradients
 
     def _add_state(self, store: dict[str, Any], state: Mapping[str, Any]) -> None:
         store |= {f"state:{k}": v for k, v in state.items()}
@@ -110,18 +124,16 @@ class Executor:
             path, _, index = reference.removeprefix("state:").rpartition("[")
             store[reference] = state[path][int(index[:-1])]
 
-    def _loss_reference(self) -> str:
-        return dict(self.traced.spec.results)["loss"]
-
-    def _seed(self, values: Mapping[str, Any]) -> Any:
+    def seed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The loss's cotangent by reference: the weight of the micro-batch."""
         loss = values["loss"]
-        return jnp.asarray(values.get("weight", 1.0)).astype(loss.dtype)
+        return {dict(self.traced.spec.results)["loss"]: jnp.asarray(values.get("weight", 1.0)).astype(loss.dtype)}
 
     # ------------------------------------------------------------------------------------------ forward
 
     def forward(self, number: int, run: Run, parameters: Mapping[str, Any], store: dict[str, Any]) -> Tape:
         """Runs the layers of a run; puts what others read into the store."""
-        inputs = [self._gather_input(number, run, port, parameters, store) for port in range(len(run.inputs))]
+        inputs = [self.input(number, run, port, parameters, store) for port in range(len(run.inputs))]
         if run.length == 1:
             outputs, residuals = self.program(run).forward(inputs)
             for port, x in enumerate(outputs):
@@ -129,9 +141,10 @@ class Executor:
             return Tape([self._needed(run, p, x) for p, x in enumerate(inputs)], residuals)
         return self._forward_loop(run, inputs, store)
 
-    def _gather_input(
+    def input(
         self, number: int, run: Run, port: int, parameters: Mapping[str, Any], store: Mapping[str, Any]
     ) -> Any:
+        """What an input port of a run reads, stacked over its layers where each has its own."""
         way = run.inputs[port]
         if (number, port) in self.storage.owned:
             x = parameters[self.storage.owned[number, port]]
@@ -184,13 +197,15 @@ class Executor:
         final, (residuals, kept, made) = lax.scan(
             body, [inputs[p] for p in carried], [inputs[p] for p in stacked], length=run.length
         )
+        handed_on = {run.inputs[p].output for p in carried}
         for q, x in zip(outside, made, strict=True):
             first = self.layouts.specs[run.outputs[q][0]]
-            for index, reference in enumerate(run.outputs[q]):
+            for index, reference in enumerate(run.outputs[q][:-1] if q in handed_on else run.outputs[q]):
                 shape, waits = self.layouts.shapes[reference], self.layouts.specs[reference]
                 store[reference] = self.move(x[index], shape, first, waits)
         for p, x in zip(carried, final, strict=True):
-            store[run.outputs[run.inputs[p].output][-1]] = x
+            first, *_, last = run.outputs[run.inputs[p].output]
+            store[last] = self.move(x, self.layouts.shapes[last], self.layouts.specs[first], self.layouts.specs[last])
         tape = [self._needed(run, p, x) for p, x in enumerate(inputs)]
         for p, x in zip(carried, kept, strict=True):
             tape[p] = x
@@ -298,12 +313,12 @@ class Executor:
         return jnp.zeros(shape, self.traced.programs[run.kind].flat.avals[value].dtype)
 
     def _last_seed(self, run: Run, port: int, cotangents: Mapping[str, Any]) -> Any:
-        """Cotangent of the last layer's carried output, in the layout in which it waits."""
-        reference = run.outputs[port][-1]
+        """Cotangent of the last layer's carried output, in the layout in which carried values wait."""
+        reference, target = run.outputs[port][-1], self.layouts.specs[run.outputs[port][0]]
+        whole = self.layouts.shapes[reference]
         if reference in cotangents:
-            return cotangents[reference]
-        shape = self.local_shape(self.layouts.shapes[reference], self.layouts.specs[reference])
-        return jnp.zeros(shape, self.traced.avals[reference].dtype)
+            return self.move(cotangents[reference], whole, self.layouts.specs[reference], target)
+        return jnp.zeros(self.local_shape(whole, target), self.traced.avals[reference].dtype)
 
     def _back(self, run: Run, port: int, x: Any) -> Any:
         reference = run.outputs[port][0]
@@ -317,6 +332,13 @@ class Executor:
             return None
         rest = {r: x for r, x in cotangents.items() if r in own}
         return jnp.stack([self._seed_of(run, port, i, rest) for i in range(run.length)])
+
+
+def make_executor(traced: Traced, plan: Plan, runs: Sequence[Run], layouts: Layouts) -> Executor:
+    """The executor of the layers of one stage."""
+    strategies = [plan.strategies[run.start] for run in runs]
+    repeats = [strategy.remat is not Remat.NONE or strategy.zero == 3 for strategy in strategies]
+    return Executor(traced, runs, layouts, make_storage(traced, runs, unread=runs[0].start == 0), repeats)
 
 
 def spec_of(run: Run, port: int, *, optimizer: bool) -> BoundarySpec:

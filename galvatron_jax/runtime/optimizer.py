@@ -19,7 +19,8 @@ from galvatron_jax.runtime.optimizer_state import StateTree, StoredState, flat, 
 from galvatron_jax.runtime.storage import Storage
 
 if TYPE_CHECKING:
-    from galvatron_jax.runtime.step import State, Step
+    from galvatron_jax.runtime.program import State
+    from galvatron_jax.runtime.step import Step
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class OptimizerProgram:
         else:
             own = nested({path: step.sharding(spec) for path, spec in self._specs.items()})
             gradients, params = constrain(self._view(gradients), own), constrain(self._view(params), own)
-            new, opt_state = _update(self.optimizer)(gradients, opt_state, params)
+            new, opt_state = update_fn(self.optimizer)(gradients, opt_state, params)
             new = self.storage.pack(flat(constrain(new, own)))
         new = constrain(new, specs)
         return (step.publish(new) if step.publishes else new), opt_state
@@ -120,7 +121,7 @@ def make_optimizer(
     Raises:
         InputError: when the optimizer does not run on these parameters.
     """
-    tree, closed = _trace(optimizer, parameters)
+    tree, closed = trace_update(optimizer, parameters)
     layout = StoredState(tree, storage, dict(parameters))
     try:
         update = prove(closed, layout)
@@ -131,7 +132,9 @@ def make_optimizer(
     return OptimizerProgram(optimizer, dict(parameters), layout, update)
 
 
-def _update(optimizer: optax.GradientTransformation) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+def update_fn(optimizer: optax.GradientTransformation) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """An optimizer's update of parameters, not only what it adds to them."""
+
     def update(gradients: Any, state: Any, parameters: Any) -> tuple[Any, Any]:
         updates, state = optimizer.update(gradients, state, parameters)
         return optax.apply_updates(parameters, updates), state
@@ -139,12 +142,12 @@ def _update(optimizer: optax.GradientTransformation) -> Callable[[Any, Any, Any]
     return update
 
 
-def _trace(optimizer: optax.GradientTransformation, parameters: Mapping[str, Any]) -> tuple[StateTree, Any]:
+def trace_update(optimizer: optax.GradientTransformation, parameters: Mapping[str, Any]) -> tuple[StateTree, Any]:
     """The state for the model's own tree, and the update as a jaxpr."""
     own = nested(parameters)
     try:
         state = jax.eval_shape(optimizer.init, own)
-        closed, (_, after) = jax.make_jaxpr(_update(optimizer), return_shape=True)(own, state, own)
+        closed, (_, after) = jax.make_jaxpr(update_fn(optimizer), return_shape=True)(own, state, own)
     except Exception as error:
         raise InputError(
             f"The optimizer does not run on the model's parameters: {type(error).__name__}: {error}\n"

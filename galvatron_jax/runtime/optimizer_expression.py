@@ -19,8 +19,8 @@ from galvatron_jax.runtime.optimizer_state import StoredState
 IDENTITY = {"add": 0, "max": -np.inf, "min": np.inf, "and": True, "or": False}
 """What combines scalars, with the scalar that changes nothing."""
 
-_REDUCE = {"add": jnp.sum, "max": jnp.max, "min": jnp.min, "and": jnp.all, "or": jnp.any}
-_COMBINE = {"add": lax.add, "max": lax.max, "min": lax.min, "and": jnp.logical_and, "or": jnp.logical_or}
+REDUCE = {"add": jnp.sum, "max": jnp.max, "min": jnp.min, "and": jnp.all, "or": jnp.any}
+COMBINE = {"add": lax.add, "max": lax.max, "min": lax.min, "and": jnp.logical_and, "or": jnp.logical_or}
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,13 @@ class StoredUpdate:
         for group in self.layout.storage.groups:
             assert gradients[group.key].dtype == group.dtype, (group.key, gradients[group.key].dtype, group.dtype)
         slots, others = self.layout.split(state)
-        run = _Evaluation(self, {"gradient": gradients, "parameter": parameters}, slots, others)
+        run = Evaluation(self, {"gradient": gradients, "parameter": parameters}, slots, others)
         new = {key: run.whole(node, key) for key, node in self.parameters.items()}
         new_slots = [{key: run.whole(node, key) for key, node in nodes.items()} for nodes in self.slots]
         return new, self.layout.join(new_slots, {i: run.value(node) for i, node in self.others.items()})
 
 
-class _Evaluation:
+class Evaluation:
     """One evaluation; what several expressions share is computed once."""
 
     def __init__(
@@ -165,7 +165,7 @@ class _Evaluation:
     def _needs(self, node: int, key: str) -> list[tuple[int, str]]:
         found = self.nodes[node]
         if found.kind == "total":
-            return [self._place(term, group) for group, term in found.payload[1].items()]
+            return [self._place(term, group) for group, term in self.terms(node).items()]
         keys = self._sharing(key) if found.kind == "own" else [key]
         return [self._place(operand, k) for k in keys for operand in found.operands]
 
@@ -186,7 +186,7 @@ class _Evaluation:
                     return self.others[index]
                 return (self.slots[index] if role == "slot" else self.arrays[role])[key]
             case "total":
-                return self._total(*found.payload)
+                return self.total(node)
             case "own":
                 return self._own(found.payload, found.operands[0], key)
             case "result":
@@ -205,18 +205,23 @@ class _Evaluation:
         for k in self._sharing(key):
             x = jnp.broadcast_to(self.known[self._place(operand, k)], self.shapes[k])
             dims = tuple(range(1 if self.stacked[k] and not self.sliced[k] else 0, x.ndim))
-            parts.append(_REDUCE[combine](x, axis=dims, keepdims=True))
+            parts.append(REDUCE[combine](x, axis=dims, keepdims=True))
         if len(parts) == 1:
             return parts[0]
-        return reduce(_COMBINE[combine], [jnp.reshape(x, (1,) * len(self.shapes[key])) for x in parts])
+        return reduce(COMBINE[combine], [jnp.reshape(x, (1,) * len(self.shapes[key])) for x in parts])
 
-    def _total(self, combine: str, terms: Mapping[str, int]) -> Any:
+    def terms(self, node: int) -> Mapping[str, int]:
+        """Per group, the scalar that a total combines."""
+        return self.nodes[node].payload[1]
+
+    def total(self, node: int) -> Any:
+        """The combination over all parameters of one scalar each, whose values are known."""
         parts = [
-            _REDUCE[combine](self._per_parameter(term, key))
-            for key, term in terms.items()
+            REDUCE[self.nodes[node].payload[0]](self._per_parameter(term, key))
+            for key, term in self.terms(node).items()
             if self._sharing(key)[0] == key
         ]
-        return reduce(_COMBINE[combine], parts)
+        return reduce(COMBINE[self.nodes[node].payload[0]], parts)
 
     def _per_parameter(self, term: int, key: str) -> Any:
         """One scalar per parameter of a group: the same for all where the expression does not tell them apart."""

@@ -72,12 +72,17 @@ class Layouts:
 
 
 def mesh_sizes(plan: Plan) -> dict[str, int]:
-    """Axes of the plan's mesh with their sizes, slowest link first."""
-    return {axis.name: axis.size for axis in plan.mesh}
+    """Axes over which each stage is spread, with their sizes, slowest link first."""
+    return {axis.name: axis.size for axis in plan.stage_mesh}
 
 
-def make_runs(traced: Traced, plan: Plan) -> tuple[list[Run], Layouts]:
-    """Groups the model's layers into runs and lays out what passes between them."""
+def stage_ranges(plan: Plan) -> list[tuple[int, int]]:
+    """Per stage, its first layer and the one after its last."""
+    return [(stage.groups[0].start, stage.groups[-1].stop) for stage in plan.stages]
+
+
+def make_runs(traced: Traced, plan: Plan) -> tuple[list[list[Run]], Layouts]:
+    """Groups the layers of each stage into runs and lays out what passes between them."""
     spec, mesh = traced.spec, mesh_sizes(plan)
     strategies = plan.strategies
     locals_ = [
@@ -88,24 +93,38 @@ def make_runs(traced: Traced, plan: Plan) -> tuple[list[Run], Layouts]:
     ]
     layouts = _layouts(traced, plan, locals_)
     readers = _readers(spec)
-    runs: list[Run] = []
-    start = 0
-    while start < len(spec.layers):
-        stop = start + 1
-        while (
-            stop < len(spec.layers)
-            and spec.layers[stop].kind == spec.layers[start].kind
-            and strategies[stop] == strategies[start]
-        ):
-            stop += 1
-        run = _run(spec, locals_[start], start, stop, readers)
-        if run is None or not _loops(run, layouts):
-            singles = [_run(spec, locals_[i], i, i + 1, readers) for i in range(start, stop)]
-            runs += [single for single in singles if single is not None]
-        else:
-            runs.append(run)
-        start = stop
-    return runs, layouts
+    stages = []
+    for first, end in stage_ranges(plan):
+        runs: list[Run] = []
+        start = first
+        while start < end:
+            stop = start + 1
+            while (
+                stop < end
+                and spec.layers[stop].kind == spec.layers[start].kind
+                and strategies[stop] == strategies[start]
+            ):
+                stop += 1
+            runs += _runs_of(spec, locals_, start, stop, readers, layouts)
+            start = stop
+        stages.append(runs)
+    return stages, layouts
+
+
+def _runs_of(
+    spec: ModelSpec,
+    locals_: Sequence[LocalPlan],
+    start: int,
+    stop: int,
+    readers: Mapping[str, set[int]],
+    layouts: Layouts,
+) -> list[Run]:
+    """One run of these like layers, or one for each where a loop cannot follow them."""
+    run = _run(spec, locals_[start], start, stop, readers)
+    if run is not None and _loops(run, layouts):
+        return [run]
+    singles = [_run(spec, locals_[i], i, i + 1, readers) for i in range(start, stop)]
+    return [single for single in singles if single is not None]
 
 
 def _readers(spec: ModelSpec) -> dict[str, set[int]]:
@@ -155,18 +174,19 @@ def _input_way(references: Sequence[str], outputs: Sequence[tuple[str, ...]], ma
 
 
 def _loops(run: Run, layouts: Layouts) -> bool:
-    """Whether carried values wait in the very layout in which the next layer wants them."""
+    """Whether values carried within the run wait in the very layout in which the next layer wants them."""
     for port, way in enumerate(run.inputs):
         if way.way is Way.CARRY:
             wanted = run.local.input_spec(port)
-            if any(layouts.specs[reference] != wanted for reference in run.outputs[way.output]):
+            if any(layouts.specs[reference] != wanted for reference in run.outputs[way.output][:-1]):
                 return False
     return True
 
 
 def _layouts(traced: Traced, plan: Plan, locals_: Sequence[LocalPlan]) -> Layouts:
-    """What only the next layer reads waits as its producer left it; everything else in the plan-wide layout."""
+    """What only the next layer of the stage reads waits as its producer left it; all else in the plan-wide layout."""
     spec, mesh, readers = traced.spec, mesh_sizes(plan), _readers(traced.spec)
+    cuts = {start for start, _ in stage_ranges(plan)}
     specs: dict[str, BoundarySpec] = {}
     shapes: dict[str, tuple[int, ...]] = {r: aval.shape for r, aval in traced.avals.items()}
     for reference, shape in shapes.items():
@@ -179,7 +199,7 @@ def _layouts(traced: Traced, plan: Plan, locals_: Sequence[LocalPlan]) -> Layout
         specs[reference] = ((),) * len(shapes[reference])
     for index, (layer, local) in enumerate(zip(spec.layers, locals_, strict=True)):
         for port, reference in enumerate(layer.outputs):
-            if readers[reference] == {index + 1} and index + 1 < len(spec.layers):
+            if readers[reference] == {index + 1} and index + 1 < len(spec.layers) and index + 1 not in cuts:
                 specs[reference] = local.output_spec(port)
             else:
                 role = local.static.kind.outputs[port].role

@@ -135,8 +135,14 @@ def _leaf(leaves: Mapping[str, Any], reference: str) -> Any:
     return leaves[name][int(index[:-1])]
 
 
-def make_storage(traced: Traced, runs: Sequence[Run]) -> Storage:
-    """Decides who owns each parameter (its first user) and how it is stored."""
+def make_storage(traced: Traced, runs: Sequence[Run], *, unread: bool = True) -> Storage:
+    """Decides who owns each parameter (its first user) and how it is stored.
+
+    Args:
+        traced: the model.
+        runs: of one stage.
+        unread: whether parameters that no layer of the model reads are stored here too.
+    """
     owner: dict[str, str] = {}
     groups: list[Group] = []
     owned: dict[tuple[int, int], str] = {}
@@ -156,7 +162,8 @@ def make_storage(traced: Traced, runs: Sequence[Run]) -> Storage:
             owned[number, port] = group.key
             plans[group.key] = entries[port]
             owner.update(dict.fromkeys(references, group.key))
-    groups += _unused(traced, owner)
+    if unread:
+        groups += _unread(traced)
     return Storage(tuple(groups), owned, tied, plans)
 
 
@@ -190,9 +197,10 @@ def _pieces(
     return tuple(pieces) or (Piece(1, (), ()),)
 
 
-def _unused(traced: Traced, owner: Mapping[str, str]) -> list[Group]:
-    """Parameters that the loss does not read: kept whole on every device."""
-    used = {_SLICE.sub(r"\1", r) if _SLICE.fullmatch(r) else r for r in owner} | set(owner)
+def _unread(traced: Traced) -> list[Group]:
+    """Parameters that no layer reads: kept whole on every device."""
+    read = {reference for layer in traced.spec.layers for reference in layer.inputs}
+    read |= {_SLICE.sub(r"\1", reference) for reference in read}
     return [
         Group(
             p.path,
@@ -203,5 +211,5 @@ def _unused(traced: Traced, owner: Mapping[str, str]) -> list[Group]:
             tuple((Piece(n, (), ()),) for n in p.shape),
         )
         for p in traced.spec.parameters
-        if f"param:{p.path}" not in used
+        if f"param:{p.path}" not in read
     ]

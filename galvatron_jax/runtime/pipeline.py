@@ -1,0 +1,265 @@
+"""A train step of several pipeline stages: one program over all devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from galvatron_jax.cost.schedules import ScheduleTable, make_table
+from galvatron_jax.runtime.engine import Engine
+from galvatron_jax.runtime.optimizer_state import nested
+from galvatron_jax.runtime.packing import Flats, Packing
+from galvatron_jax.runtime.program import State, StepProgram
+from galvatron_jax.runtime.stage import Stage
+from galvatron_jax.runtime.stage_optimizer import StageOptimizer, make_stage_optimizer
+from galvatron_jax.runtime.stage_storage import StageStorage
+from galvatron_jax.runtime.synchronise import Synchroniser
+
+
+@dataclass(frozen=True)
+class PipelineStep(StepProgram):
+    """A train step of several stages.
+
+    The state's parameters are one flat array per dtype, `(devices, elements)`: each device has those of its stages.
+    """
+
+    stages: tuple[Stage, ...]
+
+    @cached_property
+    def table(self) -> ScheduleTable:
+        """Who works on what in each tick."""
+        plan = self.plan
+        degree = plan.pipeline_degree
+        return make_table(
+            plan.schedule,
+            num_stages=degree,
+            num_microbatches=plan.num_microbatches,
+            num_chunks=len(self.stages) // degree,
+        )
+
+    @cached_property
+    def storage(self) -> StageStorage:
+        """How parameters are stored."""
+        return StageStorage(self.stages, self.plan.pipeline_degree, self.plan.pipeline_axes)
+
+    @cached_property
+    def optimizer_program(self) -> StageOptimizer:
+        """The optimizer on the stages' parameters."""
+        return make_stage_optimizer(self.optimizer, self.traced.functional.parameters, self.storage)
+
+    # ------------------------------------------------------------------------------------------ state
+
+    @property
+    def _everywhere(self) -> PartitionSpec:
+        """Every device has a row of its own."""
+        return PartitionSpec(self.mesh.axis_names)
+
+    def _state_shardings(self, shapes: State) -> State:
+        whole, rows = self.sharding(PartitionSpec()), self.sharding(self._everywhere)
+        program = self.optimizer_program
+        if program.update is None:
+            own = program.own_specs(dict(self.mesh.shape))
+            leaves = [whole] * len(program.layout.tree.shapes)
+            for position, (_, path) in program.layout.tree.mirrored.items():
+                leaves[position] = self.sharding(own[path])
+            opt_state = program.layout.tree.tree.unflatten(leaves)
+        else:
+            opt_state = {
+                "slots": jax.tree.map(lambda _: rows, shapes["opt_state"]["slots"]),
+                "others": jax.tree.map(lambda _: whole, shapes["opt_state"]["others"]),
+            }
+        return {
+            "params": dict.fromkeys(shapes["params"], rows),
+            "opt_state": opt_state,
+            "model_state": dict.fromkeys(shapes["model_state"], whole),
+            "step": whole,
+        }
+
+    def _init(self, seed: Any) -> State:
+        parameters, model_state = self.traced.functional.init(seed)
+        tree = {
+            "params": parameters,
+            "opt_state": self.optimizer.init(nested(parameters)),
+            "model_state": dict(model_state),
+            "step": jnp.zeros((), jnp.int32),
+        }
+        return self._from_tree(tree)
+
+    def from_tree(self, tree: State) -> State:
+        """A state of this plan from what `to_tree` gave under any plan."""
+        return jax.jit(self._from_tree, out_shardings=self.state_shardings)(tree)
+
+    def _from_tree(self, tree: State) -> State:
+        program, storage = self.optimizer_program, self.storage
+        params = self._put_in(storage.whole.pack(tree["params"]), storage.stored, optimizer=False)
+        opt_state = tree["opt_state"]
+        if program.update is not None:
+            packed = program.pack(opt_state)
+            slots = [
+                self._put_in(arrays, packing, optimizer=True)
+                for arrays, packing in zip(packed["slots"], program.slots, strict=True)
+            ]
+            opt_state = {"slots": slots, "others": packed["others"]}
+        return {**tree, "params": params, "opt_state": opt_state}
+
+    def to_tree(self, state: State) -> State:
+        """The state with the model's own leaves by path, whatever the plan."""
+        return self._tree_of(state)
+
+    @cached_property
+    def _tree_of(self) -> Callable[[State], State]:
+        return jax.jit(self._to_tree)
+
+    def _to_tree(self, state: State) -> State:
+        program = self.optimizer_program
+        opt_state = state["opt_state"]
+        if program.update is not None:
+            slots = [
+                self._take_out(flats, packing, optimizer=True)
+                for flats, packing in zip(opt_state["slots"], program.slots, strict=True)
+            ]
+            opt_state = program.unpack({"slots": slots, "others": opt_state["others"]})
+        return {**state, "params": self._own(state["params"]), "opt_state": opt_state}
+
+    def parameters(self, state: State) -> dict[str, Any]:
+        """The model's parameters by path."""
+        return jax.jit(self._own)(state["params"])
+
+    def _own(self, params: Flats) -> dict[str, Any]:
+        arrays = self._take_out(params, self.storage.stored, optimizer=False)
+        return self.storage.whole.unpack(arrays, list(self.traced.functional.parameters))
+
+    def _take_out(self, flats: Flats, packing: Packing, *, optimizer: bool) -> dict[str, Any]:
+        specs = self.storage.specs(optimizer=optimizer)
+        held = {key for case in packing.places for _, key in case}
+
+        def local(flats: Flats) -> dict[str, Any]:
+            return self.storage.take_out(_row(flats), packing, optimizer=optimizer)
+
+        out = {key: spec for key, spec in specs.items() if key in held}
+        return self._map(local, (dict.fromkeys(flats, self._everywhere),), out)(flats)
+
+    def _put_in(self, arrays: Mapping[str, Any], packing: Packing, *, optimizer: bool) -> Flats:
+        specs = self.storage.specs(optimizer=optimizer)
+        arrays = {
+            key: lax.with_sharding_constraint(x, NamedSharding(self.mesh, specs[key])) for key, x in arrays.items()
+        }
+
+        def local(arrays: Mapping[str, Any]) -> Flats:
+            return _as_row(self.storage.put_in(arrays, packing, optimizer=optimizer))
+
+        out = dict.fromkeys(packing.sizes, self._everywhere)
+        return self._map(local, ({key: specs[key] for key in arrays},), out)(arrays)
+
+    def _map(self, local: Callable, in_specs: tuple, out_specs: Any) -> Callable:
+        return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    # ------------------------------------------------------------------------------------------ the step
+
+    def _step(self, state: State, batch: dict[str, Any]) -> tuple[State, dict[str, Any]]:
+        program, whole, rows = self.optimizer_program, PartitionSpec(), self._everywhere
+        params, model_state = state["params"], state["model_state"]
+        flats = dict.fromkeys(params, rows)
+        inputs = (flats, dict.fromkeys(model_state, whole), {n: s.sharding.spec for n, s in self.batch_shapes.items()})
+        found = (dict.fromkeys(model_state, whole), dict.fromkeys(self.metric_names, whole))
+        if program.update is None:
+            mirrored = dict.fromkeys(self.storage.mirrored.sizes, rows)
+            local = self._map(self._gradients, inputs, (mirrored, *found))
+            gradients, model_state, metrics = local(params, model_state, batch)
+            params, opt_state = self._update_own(gradients, state["opt_state"], params)
+        else:
+            slots = [dict.fromkeys(packing.sizes, rows) for packing in program.slots]
+            others = dict.fromkeys(state["opt_state"]["others"], whole)
+            local = self._map(self._local, (*inputs, slots, others), (flats, *found, slots, others))
+            params, model_state, metrics, new_slots, new_others = local(
+                params, model_state, batch, list(state["opt_state"]["slots"]), state["opt_state"]["others"]
+            )
+            opt_state = {"slots": new_slots, "others": new_others}
+        new = {"params": params, "opt_state": opt_state, "model_state": model_state, "step": state["step"] + 1}
+        return new, metrics
+
+    def _local(
+        self, params: Flats, model_state: dict, batch: dict, slots: list[Flats], others: dict
+    ) -> tuple[Flats, dict, dict, list[Flats], dict]:
+        """The whole step on one device."""
+        gradients, state, metrics = self._gradients(params, model_state, batch)
+        new, new_slots, others = self.optimizer_program.update_stored(
+            _row(gradients), [_row(slot) for slot in slots], others, _row(params)
+        )
+        return _as_row(new), state, metrics, [_as_row(slot) for slot in new_slots], others
+
+    def _gradients(self, params: Flats, model_state: dict, batch: dict) -> tuple[Flats, dict, dict]:
+        """Synchronised gradients in the optimizer's layout, new model state and metrics."""
+        flats = _row(params)
+
+        def unpack(stage: int) -> dict[str, Any]:
+            case = stage % self.storage.degree
+            return {
+                group.key: self.storage.stored.read(case, (stage, group.key), flats)
+                for group in self.stages[stage].executor.storage.groups
+            }
+
+        engine = Engine(self.table, self.stages, self.plan.pipeline_axes, unpack)
+        outcome = engine.run(model_state, batch)
+        scale = 1.0 / outcome.weight
+        metrics = {name: x * scale.astype(x.dtype) for name, x in outcome.sums.items()}
+        return _as_row(self._synchronised(engine, outcome.gradients, scale)), outcome.state, metrics
+
+    def _synchronised(self, engine: Engine, accumulated: Flats, scale: Any) -> Flats:
+        """Sums over data axes inside each group of devices, then over the groups that share parameters."""
+        storage, packing = self.storage, engine.gradients
+
+        def branch(case: int) -> Callable[[Flats, Any], tuple[Flats, dict]]:
+            def run(accumulated: Flats, scale: Any) -> tuple[Flats, dict]:
+                found: dict[tuple[int, str], Any] = {}
+                for stage in self.stages[case :: storage.degree]:
+                    own = {
+                        name: packing.read(case, (stage.number, name), accumulated) for name in stage.gradient_shapes
+                    }
+                    reduced = Synchroniser(stage.executor).gradients(own, scale)
+                    found |= {(stage.number, key): x for key, x in reduced.items()}
+                return storage.mirrored.pack(case, found), storage.exchanged(case, found)
+
+            return run
+
+        def shared(case: int) -> Callable[[Flats, dict], Flats]:
+            def run(flats: Flats, totals: dict) -> Flats:
+                arrays = storage.mirrored.unpack(case, flats)
+                return storage.mirrored.pack(case, storage.with_exchanged(case, arrays, totals))
+
+            return run
+
+        here, cases = lax.axis_index(storage.axes), range(storage.degree)
+        flats, parts = lax.switch(here, [branch(case) for case in cases], accumulated, scale)
+        if not storage.shared:
+            return flats
+        totals = lax.psum(parts, storage.axes)
+        return lax.switch(here, [shared(case) for case in cases], flats, totals)
+
+    def _update_own(self, gradients: Flats, opt_state: Any, params: Flats) -> tuple[Flats, Any]:
+        """The update on the model's own arrays, taken out of the stages and put back."""
+        storage, program = self.storage, self.optimizer_program
+        arrays = [
+            self._take_out(gradients, storage.mirrored, optimizer=True),
+            self._take_out(params, storage.stored, optimizer=False),
+        ]
+        new, opt_state = program.update_own(arrays[0], opt_state, arrays[1])
+        return self._put_in(new, storage.stored, optimizer=False), opt_state
+
+
+def _row(flats: Mapping[str, Any]) -> Flats:
+    """A device's own row of flat arrays."""
+    return {name: x[0] for name, x in flats.items()}
+
+
+def _as_row(flats: Mapping[str, Any]) -> Flats:
+    return {name: x[None] for name, x in flats.items()}
+
+
