@@ -66,6 +66,8 @@ Groups = list[list[int]]
 """Groups of devices, numbered along the mesh."""
 
 _LOWERED_LISTED = re.compile(r"replica_groups = dense<([^>]*)> : tensor<(\d+)x(\d+)xi64>")
+_LOWERED_PAIRS = re.compile(r"source_target_pairs = dense<([^>]*)>")
+_COMPILED_PAIRS = re.compile(r"source_target_pairs=\{([\d,{}]*)\}")
 _LOWERED_MESH = re.compile(r"replica_groups = #stablehlo\.replica_group_mesh_axes<mesh = @\w+, axes = \[([^\]]*)\]>")
 _LOWERED_AXIS = re.compile(r'#stablehlo\.axis_ref<name = "([^"]*)">')
 _COMPILED_LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
@@ -97,6 +99,22 @@ def lowered_groups(operation: str, *, mesh: Mapping[str, int]) -> Groups | None:
         return np.array(_numbers(listed[1])).reshape(int(listed[2]), int(listed[3])).tolist()
     along = _LOWERED_MESH.search(operation)
     return _along(along[1], _LOWERED_AXIS, mesh) if along else None
+
+
+def lowered_pairs(operation: str) -> Groups:
+    """Source and target devices of a permute, as the text of a lowered program has them."""
+    found = _LOWERED_PAIRS.search(operation)
+    if found is None:
+        raise ValueError(f"no source_target_pairs in {operation[:200]}")
+    return np.array(_numbers(found[1])).reshape(-1, 2).tolist()
+
+
+def compiled_pairs(instruction: str) -> Groups:
+    """Source and target devices of a permute, as a line of a compiled program has them."""
+    found = _COMPILED_PAIRS.search(instruction)
+    if found is None:
+        raise ValueError(f"no source_target_pairs in {instruction[:200]}")
+    return np.array(_numbers(found[1])).reshape(-1, 2).tolist()
 
 
 def compiled_groups(instruction: str) -> Groups | None:

@@ -15,7 +15,8 @@ from galvatron_jax.api.clusters import LIVE, check_live
 from galvatron_jax.api.planning import LossFn, Planned, make_plan, make_request
 from galvatron_jax.errors import InputError
 from galvatron_jax.runtime.data import batch_size
-from galvatron_jax.runtime.step import Step, build_step
+from galvatron_jax.runtime.program import StepProgram
+from galvatron_jax.runtime.step import build_step
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import Plan, Prediction
@@ -32,7 +33,7 @@ class TrainStep:
     Metrics hold the `loss`, a mean over the batch, and what the loss function's aux held.
     """
 
-    def __init__(self, planned: Planned, step: Step, *, default_seed: int | None = None):
+    def __init__(self, planned: Planned, step: StepProgram, *, default_seed: int | None = None):
         self._planned = planned
         self._step = step
         self._default_seed = default_seed
@@ -106,7 +107,7 @@ class TrainStep:
         return self._planned.profile
 
     @property
-    def step(self) -> Step:
+    def step(self) -> StepProgram:
         """The runtime's step, for those who want the lowered or compiled program."""
         return self._step
 

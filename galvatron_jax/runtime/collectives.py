@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex
 
 from galvatron_jax import _compat
@@ -23,12 +25,20 @@ from galvatron_jax.partition.layer_plan import BoundarySpec, Collective, PhasePl
 from galvatron_jax.partition.layout import Step as LayoutStep
 from galvatron_jax.partition.layout import StepKind
 from galvatron_jax.partition.static import itemsize
-from galvatron_jax.runtime.execution import spec_of
-from galvatron_jax.runtime.runs import Run, Way
+from galvatron_jax.runtime.emit import needed_forward
+from galvatron_jax.runtime.engine import handed_back_packing, received_packing
+from galvatron_jax.runtime.execution import Executor, spec_of
+from galvatron_jax.runtime.packing import Packing
+from galvatron_jax.runtime.pipeline import PipelineStep
+from galvatron_jax.runtime.program import StepProgram
+from galvatron_jax.runtime.runs import Layouts, Run, Way
+from galvatron_jax.runtime.stage import flows
 from galvatron_jax.runtime.step import Step
+from galvatron_jax.runtime.storage import Storage
 from galvatron_jax.spec.model import PortRole
 from galvatron_jax.spec.profile import CollectiveKind
 from galvatron_jax.spec.program import Program
+from galvatron_jax.trace.model import Traced
 
 
 @dataclass(frozen=True, order=True)
@@ -59,45 +69,39 @@ def bytes_by_group(collectives: Collectives) -> dict[tuple[str, tuple[str, ...]]
 # ------------------------------------------------------------------------------------------------ as planned
 
 
-def predicted_collectives(step: Step, *, once: bool = False) -> Collectives:
-    """The collectives that the plan holds.
+def predicted_collectives(step: StepProgram, *, once: bool = False) -> Collectives:
+    """The collectives that the plan holds; those by which an optimizer combines all parameters aside.
 
     Args:
         step: a step; nothing of it is traced.
         once: count what stands in a loop once, as the text of a program shows it.
     """
-    return _Prediction(step, once).run()
+    if isinstance(step, PipelineStep):
+        return _PipelinePrediction(step.traced, step.layouts, once).of(step)
+    assert isinstance(step, Step)
+    return _StepPrediction(step.traced, step.layouts, once).of(step)
 
 
 @dataclass
 class _Prediction:
-    """Follows the executor through a step."""
+    """Counts what executors do."""
 
-    step: Step
+    traced: Traced
+    layouts: Layouts
     once: bool
     found: Collectives = field(default_factory=Counter)
+    turns: int = 1
+    """How often what is counted now runs in a step."""
 
-    def run(self) -> Collectives:
-        plan = self.step.plan
-        self.turns = 1 if self.once else plan.num_microbatches
-        self.executor = self.step.executor
-        self.specs, self.shapes = self.executor.layouts.specs, self.executor.layouts.shapes
-        self.mesh = self.executor.layouts.mesh
-        for number, run in enumerate(self.executor.runs):
-            self.forward(number, run)
-        self.measures()
-        cotangents = {dict(self.step.traced.spec.results)["loss"]}
-        for run in reversed(self.executor.runs):
-            self.backward(run, cotangents)
-        self.turns = 1
-        for number, run in enumerate(self.executor.runs):
-            self.synchronise(number, run)
-        return +self.found
+    @property
+    def specs(self) -> Mapping[str, BoundarySpec]:
+        """How values wait."""
+        return self.layouts.specs
 
     # -------------------------------------------------------------------------------------------- counting
 
     def add(self, collectives: Iterable[Collective], times: int = 1, *, stacked: int = 1) -> None:
-        order = list(self.mesh)
+        order = list(self.layouts.mesh)
         for one in collectives:
             size = one.bytes // one.group_size if one.kind is CollectiveKind.ALL_GATHER else one.bytes
             axes = tuple(sorted(one.axes, key=order.index))
@@ -107,23 +111,41 @@ class _Prediction:
         self, shape: Sequence[int], dtype: Any, source: BoundarySpec, target: BoundarySpec, times: int = 1
     ) -> None:
         if source != target:
-            self.add(boundary_collectives(tuple(shape), str(dtype), source, target, mesh=self.mesh), times)
+            self.add(boundary_collectives(tuple(shape), str(dtype), source, target, mesh=self.layouts.mesh), times)
 
     def move_value(self, reference: str, source: BoundarySpec, target: BoundarySpec, times: int = 1) -> None:
         if source != target:
-            self.move(self.shapes[reference], self.step.traced.avals[reference].dtype, source, target, times)
+            self.move(self.layouts.shapes[reference], self.traced.avals[reference].dtype, source, target, times)
 
     def length(self, run: Run) -> int:
         return 1 if self.once else run.length
 
-    def of_phase(self, run: Run, phase: PhasePlan) -> Sequence[Collective]:
+    def of_phase(self, run: Run, phase: PhasePlan, ports: frozenset[int] | None = None) -> Sequence[Collective]:
         program = run.local.static.program.program
-        return list(_in_text(phase.instructions, program)) if self.once else phase.collectives
+        if ports is None and not self.once:
+            return phase.collectives
+        instructions = phase.instructions if ports is None else needed_forward(run.local, ports)
+        return list(_in_text(instructions, program, self.once))
 
     # -------------------------------------------------------------------------------------------- one micro-batch
 
-    def forward(self, number: int, run: Run) -> None:
-        plan, storage = run.local.plan, self.executor.storage
+    def all_forward(self, executor: Executor, *, residuals_only: bool = False) -> None:
+        """All layers of an executor."""
+        for number, run in enumerate(executor.runs):
+            self.forward(executor.storage, number, run, executor.read_here(number) if residuals_only else None)
+
+    def all_backward(self, executor: Executor, cotangents: set[str]) -> None:
+        """The same backward, from the references that have a cotangent."""
+        for run in reversed(executor.runs):
+            self.backward(run, cotangents)
+
+    def all_synchronise(self, executor: Executor) -> None:
+        """Once a step."""
+        for number, run in enumerate(executor.runs):
+            self.synchronise(executor.storage, number, run)
+
+    def forward(self, storage: Storage, number: int, run: Run, ports: frozenset[int] | None = None) -> None:
+        plan = run.local.plan
         for port, way in enumerate(run.inputs):
             if (number, port) in storage.owned:
                 continue
@@ -133,14 +155,16 @@ class _Prediction:
                 continue
             for reference in way.references if way.way is Way.STACKED else way.references[:1]:
                 self.move_value(reference, self.specs[reference], run.local.input_spec(port))
-        self.add(self.of_phase(run, plan.forward), self.length(run))
+        self.add(self.of_phase(run, plan.forward, ports), self.length(run))
         for port, references in enumerate(run.outputs):
+            if ports is not None and port not in ports:
+                continue
             self.move_value(references[0], run.local.output_spec(port), self.specs[references[0]], self.length(run))
             if run.length > 1 and port in _handed_on(run):
                 self.move_value(references[-1], self.specs[references[0]], self.specs[references[-1]])
 
     def measures(self) -> None:
-        for sink, reference in self.step.traced.spec.results:
+        for sink, reference in self.traced.spec.results:
             if sink.split(":")[0] in ("loss", "aux") and reference in self.specs:
                 spec = self.specs[reference]
                 self.move_value(reference, spec, ((),) * len(spec))
@@ -177,8 +201,7 @@ class _Prediction:
 
     # -------------------------------------------------------------------------------------------- once a step
 
-    def synchronise(self, number: int, run: Run) -> None:
-        storage = self.executor.storage
+    def synchronise(self, storage: Storage, number: int, run: Run) -> None:
         for port, way in enumerate(run.inputs):
             if run.local.static.kind.inputs[port].role is not PortRole.PARAMETER:
                 continue
@@ -198,16 +221,90 @@ class _Prediction:
         self.add(moved, stacked=stacked)
 
 
+class _StepPrediction(_Prediction):
+    """A step of one stage."""
+
+    def of(self, step: Step) -> Collectives:
+        """All of its collectives."""
+        self.turns = 1 if self.once else step.plan.num_microbatches
+        self.all_forward(step.executor)
+        self.measures()
+        self.all_backward(step.executor, {dict(self.traced.spec.results)["loss"]})
+        self.turns = 1
+        self.all_synchronise(step.executor)
+        return +self.found
+
+
+class _PipelinePrediction(_Prediction):
+    """A step of several stages: what stands in the branches of all of them, as often as the schedule has ticks."""
+
+    def of(self, step: PipelineStep) -> Collectives:
+        """All of its collectives."""
+        table, axes = step.table, step.plan.pipeline_axes
+        self.turns = 1 if self.once else table.num_ticks
+        for stage in step.stages:
+            if not (table.recomputes and stage.last):
+                self.all_forward(stage.executor)
+            if table.recomputes:
+                self.all_forward(stage.executor, residuals_only=not stage.last)
+            if stage.last:
+                self.measures()
+            flowing = flows(self.traced.spec)
+            cotangents = (
+                {dict(self.traced.spec.results)["loss"]} if stage.last else {r for r in stage.sends if r in flowing}
+            )
+            self.all_backward(stage.executor, cotangents)
+        for packing in (received_packing(step.stages), handed_back_packing(step.stages)):
+            for dtype, elements in packing.sizes.items():
+                self.count("collective-permute", axes, elements * itemsize(dtype), dtype)
+        self.turns = 1
+        for stage in step.stages:
+            self.all_synchronise(stage.executor)
+        self.once_a_step(step)
+        return +self.found
+
+    def once_a_step(self, step: PipelineStep) -> None:
+        """What all stages come to agree on: metrics, state, gradients of shared parameters."""
+        axes = step.plan.pipeline_axes
+        self.count("all-reduce", axes, itemsize("float32"), "float32")  # The weight.
+        for sink, reference in self.traced.spec.results:
+            if sink.split(":")[0] in ("loss", "aux"):
+                aval = self.traced.avals[reference]
+                dtype = str(aval.dtype) if jnp.issubdtype(aval.dtype, jnp.floating) else "float32"
+                self.count("all-reduce", axes, math.prod(aval.shape) * itemsize(dtype), dtype)
+        for stage in step.stages:
+            for path in stage.changes:
+                place = Packing.of([{path: self.traced.functional.state[path]}]).places[0][path]
+                dtype = "int32" if place.flat == "bool" else place.flat
+                self.count("all-reduce", axes, place.size * itemsize(dtype), dtype)
+        mesh = self.layouts.mesh
+        for owner, *others in step.storage.shared.values():
+            group = step.storage.group(owner.stage, owner.key)
+            for other in others:
+                copy = step.storage.group(other.stage, other.key)
+                if copy.dims != group.dims:
+                    layouts = copy.boundary(optimizer=True), group.boundary(optimizer=True)
+                    self.move(group.shape, group.dtype, *layouts)
+                    self.move(group.shape, group.dtype, *layouts[::-1])
+            shape = group.local_shape(mesh, optimizer=True)[1 if group.stacked else 0 :]
+            self.count("all-reduce", axes, math.prod(shape) * itemsize(str(group.dtype)), str(group.dtype))
+
+    def count(self, kind: str, axes: tuple[str, ...], size: int, dtype: str) -> None:
+        """One more collective."""
+        self.found[CollectiveSignature(kind, axes, size, dtype)] += self.turns
+
+
 def _handed_on(run: Run) -> set[int]:
     """Output ports whose values each next layer of the run reads."""
     return {way.output for way in run.inputs if way.way is Way.CARRY}
 
 
-def _in_text(instructions: Iterable[Instruction], program: Program) -> Iterator[Collective]:
-    """Collectives of planned instructions, those of loops over time once."""
+def _in_text(instructions: Iterable[Instruction], program: Program, once: bool) -> Iterator[Collective]:
+    """Collectives of planned instructions, those of loops over time once or as often as they turn."""
     for instruction in instructions:
         if isinstance(instruction, Loop):
-            yield from _in_text(instruction.body, program.operations[instruction.operation].bodies[0])
+            inner = list(_in_text(instruction.body, program.operations[instruction.operation].bodies[0], once))
+            yield from inner * (1 if once else instruction.trips)
         elif isinstance(instruction, Convert):
             dtype = program.values[instruction.value].dtype
             moves = [s for s in instruction.steps if s.kind is not StepKind.SLICE]
@@ -231,13 +328,14 @@ _PRIMITIVES = {
     "all_gather_invariant": CollectiveKind.ALL_GATHER,
     "reduce_scatter": CollectiveKind.REDUCE_SCATTER,
     "all_to_all": CollectiveKind.ALL_TO_ALL,
+    "ppermute": CollectiveKind.PERMUTE,
 }
-_OTHERS = frozenset({"ppermute", "pbroadcast", "pbroadcast_dynamic", "pgather", "ragged_all_to_all", "psend", "precv"})
+_OTHERS = frozenset({"pbroadcast", "pbroadcast_dynamic", "pgather", "ragged_all_to_all", "psend", "precv"})
 
 
-def traced_collectives(step: Step) -> Collectives:
+def traced_collectives(step: StepProgram) -> Collectives:
     """The collectives of the step's jaxpr."""
-    order = list(step.executor.layouts.mesh)
+    order = list(step.mesh.axis_names)
     found: Collectives = Counter()
     traced = step.jitted.trace(step.state_shapes, step.batch_shapes)
     for equation, times in _equations(traced.jaxpr.jaxpr, 1):
@@ -278,17 +376,23 @@ _TENSOR = re.compile(r"tensor<((?:\d+x)*)([a-z]\w*)>")
 _ELEMENTS = {"i1": "bool", "f16": "float16", "f32": "float32", "f64": "float64", "bf16": "bfloat16"}
 
 
-def lowered_collectives(step: Step) -> Collectives:
+def lowered_collectives(step: StepProgram) -> Collectives:
     """The collectives in the text of the lowered step, before any of XLA's passes; those in loops once."""
     text = step.lowered.as_text()
     groups = _group_table(step)
     found: Collectives = Counter()
     for match in _LOWERED.finditer(text):
         operands = _OPERANDS.search(text, match.end())
-        members = operands and _compat.lowered_groups(text[match.end() : operands.start()], mesh=step.mesh.shape)
-        if operands is None or members is None:
+        if operands is None:
             raise AssertionError(f"cannot read {text[match.start() : match.start() + 400]}")
-        axes = groups.get(_partition(members), ("?",))
+        attributes = text[match.end() : operands.start()]
+        if match[1] == "collective_permute":
+            axes = _moved_along(_compat.lowered_pairs(attributes), step.mesh.shape)
+        else:
+            members = _compat.lowered_groups(attributes, mesh=step.mesh.shape)
+            if members is None:
+                raise AssertionError(f"cannot read {text[match.start() : match.start() + 400]}")
+            axes = groups.get(_partition(members), ("?",))
         for dims, element in _TENSOR.findall(operands[1] or operands[2]):
             dtype = _ELEMENTS.get(element) or element.replace("ui", "uint").replace("i", "int", element[0] == "i")
             size = math.prod(map(int, dims.split("x")[:-1])) * itemsize(dtype)
@@ -296,11 +400,21 @@ def lowered_collectives(step: Step) -> Collectives:
     return found
 
 
+def _moved_along(pairs: Sequence[Sequence[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """Mesh axes along which a permute moves arrays, from its pairs of devices."""
+    sizes = tuple(mesh.values())
+    moved: set[str] = set()
+    for source, target in pairs:
+        here, there = np.unravel_index(source, sizes), np.unravel_index(target, sizes)
+        moved |= {name for name, one, other in zip(mesh, here, there, strict=True) if one != other}
+    return tuple(name for name in mesh if name in moved)
+
+
 def _partition(groups: Any) -> frozenset[frozenset[int]]:
     return frozenset(frozenset(int(n) for n in group) for group in groups)
 
 
-def _group_table(step: Step) -> Mapping[frozenset[frozenset[int]], tuple[str, ...]]:
+def _group_table(step: StepProgram) -> Mapping[frozenset[frozenset[int]], tuple[str, ...]]:
     """From the groups of devices along mesh axes to the axes, for every set of axes."""
     names = step.mesh.axis_names
     choices = itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1))
@@ -321,7 +435,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _HLO_TYPES = {"pred": "bool", "f16": "float16", "f32": "float32", "f64": "float64", "bf16": "bfloat16"}
 
 
-def compiled_collectives(step: Step, *, without_passes: Sequence[str] = ()) -> Collectives:
+def compiled_collectives(step: StepProgram, *, without_passes: Sequence[str] = ()) -> Collectives:
     """The collectives of the compiled step, those in loops as often as XLA knows them to turn.
 
     Args:
@@ -330,15 +444,18 @@ def compiled_collectives(step: Step, *, without_passes: Sequence[str] = ()) -> C
     """
     options = {"xla_disable_hlo_passes": ",".join(without_passes)}
     compiled = step.lowered.compile(compiler_options=options) if without_passes else step.compiled
-    return read_hlo(compiled.as_text(), _group_table(step))
+    return read_hlo(compiled.as_text(), _group_table(step), step.mesh.shape)
 
 
-def read_hlo(text: str, groups: Mapping[frozenset[frozenset[int]], tuple[str, ...]]) -> Collectives:
+def read_hlo(
+    text: str, groups: Mapping[frozenset[frozenset[int]], tuple[str, ...]], mesh: Mapping[str, int]
+) -> Collectives:
     """The collectives of a compiled module.
 
     Args:
         text: the module as XLA prints it.
         groups: from groups of devices to mesh axes.
+        mesh: sizes of the mesh axes.
     """
     computations, entry = _computations(text)
     found: Collectives = Counter()
@@ -348,7 +465,7 @@ def read_hlo(text: str, groups: Mapping[frozenset[frozenset[int]], tuple[str, ..
         for line in computations[name]:
             match = _COLLECTIVE.search(line)
             if match:
-                for signature in _signatures(line, match[1], match[2], bool(match[3]), groups):
+                for signature in _signatures(line, match[1], match[2], bool(match[3]), groups, mesh):
                     found[signature] += times
                 continue
             trips = _TRIPS.search(line)
@@ -373,11 +490,20 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _signatures(
-    line: str, result: str, kind: str, started: bool, groups: Mapping[frozenset[frozenset[int]], tuple[str, ...]]
+    line: str,
+    result: str,
+    kind: str,
+    started: bool,
+    groups: Mapping[frozenset[frozenset[int]], tuple[str, ...]],
+    mesh: Mapping[str, int],
 ) -> list[CollectiveSignature]:
     """One per array of a combined collective; an all-to-all of pieces is one of their sum."""
-    members = _compat.compiled_groups(line)
-    axes = groups.get(_partition(members), ("?",)) if members is not None else ("?",)
+    members = None
+    if kind == "collective-permute":
+        axes = _moved_along(_compat.compiled_pairs(line), mesh)
+    else:
+        members = _compat.compiled_groups(line)
+        axes = groups.get(_partition(members), ("?",)) if members is not None else ("?",)
     size = len(members[0]) if members is not None else 1
     arrays = []
     for element, dims in _SHAPE.findall(result):

@@ -5,7 +5,7 @@ Nothing is decided here: conversions and applications come from the plan, one by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from jax import lax
 from galvatron_jax.partition.instructions import Apply, Convert, Instruction, Loop, Version
 from galvatron_jax.partition.layers import LocalPlan
 from galvatron_jax.partition.layout import Step, StepKind
+from galvatron_jax.partition.liveness import needed
 from galvatron_jax.runtime.binders import LocalBind, bind_local
 from galvatron_jax.trace.flat import FlatProgram
 
@@ -184,6 +185,13 @@ class Evaluator:
                 self.watch(instruction.operation, version, result)
 
 
+def needed_forward(local: LocalPlan, ports: Container[int]) -> tuple[Instruction, ...]:
+    """The forward instructions that some output ports and the residuals rest on."""
+    versions = [(r.value, r.version) for r in local.residuals]
+    versions += [v for q, v in enumerate(local.output_versions) if q in ports]
+    return needed(local.forward, versions)
+
+
 @dataclass(frozen=True)
 class LayerProgram:
     """A planned layer as two functions on local arrays."""
@@ -192,15 +200,22 @@ class LayerProgram:
     flat: FlatProgram
     via: Collectives = REAL
 
-    def forward(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """From the input ports' arrays to the output ports' and the residuals."""
+    def forward(self, inputs: Sequence[Any], ports: Container[int] | None = None) -> tuple[list[Any | None], list[Any]]:
+        """From the input ports' arrays to the output ports' and the residuals.
+
+        Args:
+            inputs: local arrays.
+            ports: which outputs are wanted; None for all. The others are None.
+        """
         kind = self.local.static.kind
         evaluator = Evaluator(self.local, self.flat, self.via)
         evaluator.env.update({(p.value, 0): x for p, x in zip(kind.inputs, inputs, strict=True)})
-        evaluator.run(self.local.forward)
+        evaluator.run(self.local.forward if ports is None else needed_forward(self.local, ports))
         outputs = [
-            self._whole(evaluator.read(v), p.value, layout)
-            for v, p, layout in zip(self.local.output_versions, kind.outputs, self.local.outputs, strict=True)
+            self._whole(evaluator.read(v), p.value, layout) if ports is None or q in ports else None
+            for q, (v, p, layout) in enumerate(
+                zip(self.local.output_versions, kind.outputs, self.local.outputs, strict=True)
+            )
         ]
         return outputs, [evaluator.read((r.value, r.version)) for r in self.local.residuals]
 

@@ -8,7 +8,7 @@ that only some of them take it would wait for ever.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,9 +19,20 @@ import numpy as np
 from jax import lax
 
 from galvatron_jax.cost.schedules import IDLE, ScheduleTable, slots
+from galvatron_jax.runtime.clocks import Clock
 from galvatron_jax.runtime.packing import Flats, Packing
 from galvatron_jax.runtime.results import measures, new_state
 from galvatron_jax.runtime.stage import Stage
+
+
+def received_packing(stages: Sequence[Stage]) -> Packing[str]:
+    """Where values lie that move on to the next stage; a case per stage that receives."""
+    return Packing.of([stage.received_shapes for stage in stages])
+
+
+def handed_back_packing(stages: Sequence[Stage]) -> Packing[str]:
+    """Where cotangents lie that move back; a case per stage that hands back."""
+    return Packing.of([stage.cotangent_shapes for stage in stages])
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,8 @@ class Engine:
     """Mesh axes along which the groups of devices lie."""
     unpack: Callable[[int], Mapping[str, Any]]
     """From a virtual stage to its stored arrays by key; read inside the stage's branches."""
+    clock: Clock | None = None
+    """Of the state that several stages share."""
 
     def __post_init__(self) -> None:
         self.group = lax.axis_index(self.axes)
@@ -57,26 +70,30 @@ class Engine:
     # ------------------------------------------------------------------------------------------ shapes
 
     @cached_property
-    def received(self) -> Packing:
+    def received(self) -> Packing[str]:
         """What stages receive."""
-        return Packing.of([stage.received_shapes for stage in self.stages])
+        return received_packing(self.stages)
 
     @cached_property
-    def handed_back(self) -> Packing:
+    def handed_back(self) -> Packing[str]:
         """Cotangents of what stages received."""
-        return Packing.of([stage.cotangent_shapes for stage in self.stages])
+        return handed_back_packing(self.stages)
 
     @cached_property
-    def gradients(self) -> Packing:
-        """Accumulated gradients of each group of devices, by (stage, (run, port))."""
+    def gradients(self) -> Packing[tuple[int, int, int]]:
+        """Accumulated gradients of each group of devices, by (stage, run, port)."""
         return Packing.of(
             [
-                {(s.number, name): x for s in self.stages[group :: self.degree] for name, x in s.gradient_shapes.items()}
+                {
+                    (stage.number, *name): shape
+                    for stage in self.stages[group :: self.degree]
+                    for name, shape in stage.gradient_shapes.items()
+                }
                 for group in range(self.degree)
             ]
         )
 
-    def kept(self, state: Mapping[str, Any], batch: Mapping[str, Any]) -> Packing:
+    def kept(self, state: Mapping[str, Any], batch: Mapping[str, Any]) -> Packing[str]:
         """What each stage keeps of a micro-batch from its forward to its backward."""
         return Packing.of([self._kept_shapes(stage, state, batch) for stage in self.stages])
 
@@ -99,6 +116,7 @@ class Engine:
             state: model state by path, whole.
             batch: local leaves of all micro-batches by path; dim 0 is the micro-batch.
         """
+        self.ticking, after = self.clock.before_each(state, self.table.num_microbatches) if self.clock else ({}, {})
         self.kept_packing = self.kept(state, batch)
         self.strides = self._strides()
         sums, weight = self._zero_measures(state, batch)
@@ -113,7 +131,7 @@ class Engine:
         }
         final, _ = lax.scan(lambda c, row: (self._tick(c, row, batch), None), carry, self._rows())
         sums, weight = lax.psum((final["sums"], final["weight"]), self.axes)
-        return Outcome(final["gradients"], self._agreed(state, final["state"]), sums, weight)
+        return Outcome(final["gradients"], self._agreed(state, final["state"]) | after, sums, weight)
 
     def _rows(self) -> dict[str, Any]:
         table = self.table
@@ -169,7 +187,7 @@ class Engine:
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """What a stage that stashes keeps, what it sends, and its results by sink."""
         sent, values, tapes = stage.forward(self.unpack(stage.number), state, batch, received)
-        seed = next(iter(stage.executor.seed(values).values())) if stage.last else None
+        seed = self._seed(stage, values) if stage.last else None
         kept, self.names[stage.number] = stage.tapes_to_keep(tapes, seed)
         return kept, sent, values
 
@@ -177,7 +195,7 @@ class Engine:
         number = stage.number
 
         def branch(rest: dict, moved: dict, batch: dict, microbatch: Any, slot: Any) -> tuple[dict, Flats]:
-            received, state = self.received.unpack(number, moved["forward"]), rest["state"]
+            received, state = self.received.unpack(number, moved["forward"]), self._state(rest, microbatch)
             leaves = _slice(batch, microbatch)
             if self.table.recomputes:
                 kept = stage.inputs_to_keep(state, received)
@@ -196,25 +214,30 @@ class Engine:
 
         def branch(rest: dict, moved: dict, batch: dict, microbatch: Any, slot: Any) -> tuple[dict, Flats]:
             leaves, params = _slice(batch, microbatch), self.unpack(number)
-            kept = {}
-            if not (stage.last and again):
-                kept = self.kept_packing.read_slot(number, rest["pool"], slot=slot, strides=self.strides[number])
-            if again:
-                state, received = rest["state"], self.received.unpack(number, moved["forward"])
-                if not stage.last:
-                    state, received = stage.inputs_kept(state, kept)
-                _, values, tapes = stage.forward(params, state, leaves, received)
-                seed = next(iter(stage.executor.seed(values).values())) if stage.last else None
-                if stage.last:
-                    rest = self._with_results(stage, rest, values)
+            state, seed = self._state(rest, microbatch), None
+            if stage.last and again:
+                # Its forward is here alone.
+                _, values, tapes = stage.forward(params, state, leaves, self.received.unpack(number, moved["forward"]))
+                seed, rest = self._seed(stage, values), self._with_results(stage, rest, values)
             else:
-                tapes, seed = stage.tapes_kept(kept, self.names[number], params, rest["state"], leaves)
+                kept = self.kept_packing.read_slot(number, rest["pool"], slot=slot, strides=self.strides[number])
+                if again:
+                    tapes = stage.again(params, *stage.inputs_kept(state, kept, leaves))
+                else:
+                    tapes, seed = stage.tapes_kept(kept, self.names[number], params, state, leaves)
             gradients, handed = stage.backward(tapes, self._cotangents(stage, moved["backward"], seed))
-            found = {(number, name): x for name, x in gradients.items()}
+            found = {(number, *name): x for name, x in gradients.items()}
             added = self.gradients.add(number % self.degree, rest["gradients"], found)
             return {**rest, "gradients": added}, self.handed_back.pack(number, handed)
 
         return branch
+
+    def _seed(self, stage: Stage, values: Mapping[str, Any]) -> Any:
+        return next(iter(stage.executor.seed(values).values()))
+
+    def _state(self, rest: Mapping[str, Any], microbatch: Any) -> dict[str, Any]:
+        """Model state as a micro-batch sees it."""
+        return {**rest["state"], **_slice(self.ticking, microbatch)}
 
     def _cotangents(self, stage: Stage, moved: Flats, seed: Any | None) -> dict[str, Any]:
         if not stage.last:

@@ -105,9 +105,22 @@ class Executor:
         self._add_state(store, state)
         return store
 
-    def all_forward(self, parameters: Mapping[str, Any], store: dict[str, Any]) -> list[Tape]:
-        """Runs all layers; values go into the store."""
-        return [self.forward(number, run, parameters, store) for number, run in enumerate(self.runs)]
+    def all_forward(
+        self, parameters: Mapping[str, Any], store: dict[str, Any], *, residuals_only: bool = False
+    ) -> list[Tape]:
+        """Runs all layers; values go into the store, but for those that nothing here reads if only backward is next."""
+        return [
+            self.forward(number, run, parameters, store, self.read_here(number) if residuals_only else None)
+            for number, run in enumerate(self.runs)
+        ]
+
+    def read_here(self, number: int) -> frozenset[int] | None:
+        """Output ports of a run that later runs read; None for a loop, which hands all of them on."""
+        run = self.runs[number]
+        if run.length > 1:
+            return None
+        read = {reference for later in self.runs[number + 1 :] for way in later.inputs for reference in way.references}
+        return frozenset(port for port, references in enumerate(run.outputs) if read.intersection(references))
 
     def all_backward(self, tapes: Sequence[Tape], cotangents: dict[str, Any]) -> Gradients:
         """Runs all layers backward; takes cotangents by reference and adds those of what was read from outside."""
@@ -131,19 +144,25 @@ class Executor:
 
     # ------------------------------------------------------------------------------------------ forward
 
-    def forward(self, number: int, run: Run, parameters: Mapping[str, Any], store: dict[str, Any]) -> Tape:
-        """Runs the layers of a run; puts what others read into the store."""
+    def forward(
+        self,
+        number: int,
+        run: Run,
+        parameters: Mapping[str, Any],
+        store: dict[str, Any],
+        ports: frozenset[int] | None = None,
+    ) -> Tape:
+        """Runs the layers of a run; puts what others read into the store: some output ports, or all."""
         inputs = [self.input(number, run, port, parameters, store) for port in range(len(run.inputs))]
         if run.length == 1:
-            outputs, residuals = self.program(run).forward(inputs)
+            outputs, residuals = self.program(run).forward(inputs, ports)
             for port, x in enumerate(outputs):
-                self._keep(run, port, store, [x])
+                if x is not None:
+                    self._keep(run, port, store, [x])
             return Tape([self._needed(run, p, x) for p, x in enumerate(inputs)], residuals)
         return self._forward_loop(run, inputs, store)
 
-    def input(
-        self, number: int, run: Run, port: int, parameters: Mapping[str, Any], store: Mapping[str, Any]
-    ) -> Any:
+    def input(self, number: int, run: Run, port: int, parameters: Mapping[str, Any], store: Mapping[str, Any]) -> Any:
         """What an input port of a run reads, stacked over its layers where each has its own."""
         way = run.inputs[port]
         if (number, port) in self.storage.owned:

@@ -10,13 +10,13 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-Name = Hashable
+Name = TypeVar("Name", bound=Hashable)
 Flats = dict[str, Any]
 """One-dimensional local arrays by dtype."""
 
@@ -43,14 +43,14 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Packing:
+class Packing(Generic[Name]):
     """Where the arrays of each case lie; a case is a stage, or a group of devices."""
 
     places: tuple[Mapping[Name, Place], ...]
     """Per case, by name."""
 
     @classmethod
-    def of(cls, cases: Sequence[Mapping[Name, Any]]) -> Packing:
+    def of(cls, cases: Sequence[Mapping[Name, Any]]) -> Packing[Name]:
         """Lays arrays end to end.
 
         Args:

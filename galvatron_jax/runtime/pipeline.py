@@ -13,13 +13,14 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from galvatron_jax.cost.schedules import ScheduleTable, make_table
+from galvatron_jax.runtime.clocks import Clock
 from galvatron_jax.runtime.engine import Engine
 from galvatron_jax.runtime.optimizer_state import nested
 from galvatron_jax.runtime.packing import Flats, Packing
 from galvatron_jax.runtime.program import State, StepProgram
 from galvatron_jax.runtime.stage import Stage
 from galvatron_jax.runtime.stage_optimizer import StageOptimizer, make_stage_optimizer
-from galvatron_jax.runtime.stage_storage import StageStorage
+from galvatron_jax.runtime.stage_storage import Place, StageStorage
 from galvatron_jax.runtime.synchronise import Synchroniser
 
 
@@ -31,6 +32,8 @@ class PipelineStep(StepProgram):
     """
 
     stages: tuple[Stage, ...]
+    clock: Clock | None
+    """Of the state that several stages share."""
 
     @cached_property
     def table(self) -> ScheduleTable:
@@ -92,10 +95,6 @@ class PipelineStep(StepProgram):
         }
         return self._from_tree(tree)
 
-    def from_tree(self, tree: State) -> State:
-        """A state of this plan from what `to_tree` gave under any plan."""
-        return jax.jit(self._from_tree, out_shardings=self.state_shardings)(tree)
-
     def _from_tree(self, tree: State) -> State:
         program, storage = self.optimizer_program, self.storage
         params = self._put_in(storage.whole.pack(tree["params"]), storage.stored, optimizer=False)
@@ -109,14 +108,6 @@ class PipelineStep(StepProgram):
             opt_state = {"slots": slots, "others": packed["others"]}
         return {**tree, "params": params, "opt_state": opt_state}
 
-    def to_tree(self, state: State) -> State:
-        """The state with the model's own leaves by path, whatever the plan."""
-        return self._tree_of(state)
-
-    @cached_property
-    def _tree_of(self) -> Callable[[State], State]:
-        return jax.jit(self._to_tree)
-
     def _to_tree(self, state: State) -> State:
         program = self.optimizer_program
         opt_state = state["opt_state"]
@@ -126,17 +117,13 @@ class PipelineStep(StepProgram):
                 for flats, packing in zip(opt_state["slots"], program.slots, strict=True)
             ]
             opt_state = program.unpack({"slots": slots, "others": opt_state["others"]})
-        return {**state, "params": self._own(state["params"]), "opt_state": opt_state}
+        return {**state, "params": self._parameters(state["params"]), "opt_state": opt_state}
 
-    def parameters(self, state: State) -> dict[str, Any]:
-        """The model's parameters by path."""
-        return jax.jit(self._own)(state["params"])
-
-    def _own(self, params: Flats) -> dict[str, Any]:
+    def _parameters(self, params: Flats) -> dict[str, Any]:
         arrays = self._take_out(params, self.storage.stored, optimizer=False)
         return self.storage.whole.unpack(arrays, list(self.traced.functional.parameters))
 
-    def _take_out(self, flats: Flats, packing: Packing, *, optimizer: bool) -> dict[str, Any]:
+    def _take_out(self, flats: Flats, packing: Packing[Place], *, optimizer: bool) -> dict[str, Any]:
         specs = self.storage.specs(optimizer=optimizer)
         held = {key for case in packing.places for _, key in case}
 
@@ -146,7 +133,7 @@ class PipelineStep(StepProgram):
         out = {key: spec for key, spec in specs.items() if key in held}
         return self._map(local, (dict.fromkeys(flats, self._everywhere),), out)(flats)
 
-    def _put_in(self, arrays: Mapping[str, Any], packing: Packing, *, optimizer: bool) -> Flats:
+    def _put_in(self, arrays: Mapping[str, Any], packing: Packing[Place], *, optimizer: bool) -> Flats:
         specs = self.storage.specs(optimizer=optimizer)
         arrays = {
             key: lax.with_sharding_constraint(x, NamedSharding(self.mesh, specs[key])) for key, x in arrays.items()
@@ -206,7 +193,7 @@ class PipelineStep(StepProgram):
                 for group in self.stages[stage].executor.storage.groups
             }
 
-        engine = Engine(self.table, self.stages, self.plan.pipeline_axes, unpack)
+        engine = Engine(self.table, self.stages, self.plan.pipeline_axes, unpack, self.clock)
         outcome = engine.run(model_state, batch)
         scale = 1.0 / outcome.weight
         metrics = {name: x * scale.astype(x.dtype) for name, x in outcome.sums.items()}
@@ -221,7 +208,7 @@ class PipelineStep(StepProgram):
                 found: dict[tuple[int, str], Any] = {}
                 for stage in self.stages[case :: storage.degree]:
                     own = {
-                        name: packing.read(case, (stage.number, name), accumulated) for name in stage.gradient_shapes
+                        name: packing.read(case, (stage.number, *name), accumulated) for name in stage.gradient_shapes
                     }
                     reduced = Synchroniser(stage.executor).gradients(own, scale)
                     found |= {(stage.number, key): x for key, x in reduced.items()}
@@ -261,5 +248,3 @@ def _row(flats: Mapping[str, Any]) -> Flats:
 
 def _as_row(flats: Mapping[str, Any]) -> Flats:
     return {name: x[None] for name, x in flats.items()}
-
-

@@ -46,16 +46,16 @@ class StepProgram(ABC):
         """How the state is sharded."""
 
     @abstractmethod
-    def to_tree(self, state: State) -> State:
-        """The state with the model's own leaves by path, whatever the plan."""
+    def _to_tree(self, state: State) -> State:
+        """The state with the model's own leaves by path; traced."""
 
     @abstractmethod
-    def from_tree(self, tree: State) -> State:
-        """A state of this plan from what `to_tree` gave under any plan."""
+    def _from_tree(self, tree: State) -> State:
+        """The inverse of `_to_tree`; traced."""
 
     @abstractmethod
-    def parameters(self, state: State) -> dict[str, Any]:
-        """The model's parameters by path."""
+    def _parameters(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The model's parameters by path; traced."""
 
     @abstractmethod
     def _step(self, state: State, batch: dict[str, Any]) -> tuple[State, dict[str, Any]]:
@@ -82,6 +82,29 @@ class StepProgram(ABC):
         """The state before the first step, every array born sharded."""
         return jax.jit(partial(self._init, seed), out_shardings=self.state_shardings)()
 
+    def to_tree(self, state: State) -> State:
+        """The state with the model's own leaves by path, whatever the plan."""
+        return self._conversions[0](self._settled(state))
+
+    def from_tree(self, tree: State) -> State:
+        """A state of this plan from what `to_tree` gave under any plan."""
+        return jax.jit(self._from_tree, out_shardings=self.state_shardings)(self._settled(tree))
+
+    def parameters(self, state: State) -> dict[str, Any]:
+        """The model's parameters by path."""
+        return self._conversions[1](self._settled(state["params"]))
+
+    @cached_property
+    def _conversions(self) -> tuple[Any, Any]:
+        return jax.jit(self._to_tree), jax.jit(self._parameters)
+
+    def _settled(self, tree: Any) -> Any:
+        """Arrays that nothing is still computing, where two programs in flight could block each other.
+
+        Virtual CPU devices share one pool of threads, and collectives wait in it for all their members.
+        """
+        return jax.block_until_ready(tree) if self.mesh.devices.flat[0].platform == "cpu" else tree
+
     # ------------------------------------------------------------------------------------------ the step
 
     def __call__(self, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
@@ -91,10 +114,7 @@ class StepProgram(ABC):
             state: as the last call gave it.
             batch: pytree of arrays with the global batch as dim 0.
         """
-        if self.mesh.devices.flat[0].platform == "cpu":
-            # Virtual devices share one pool of threads: two steps in flight can block each other's collectives.
-            jax.block_until_ready(state)
-        return self.jitted(state, self.place(batch))
+        return self.jitted(self._settled(state), self.place(batch))
 
     def place(self, batch: Any) -> dict[str, Any]:
         """A global batch as micro-batches on the devices: per leaf `(microbatches, examples, ...)`, sharded."""

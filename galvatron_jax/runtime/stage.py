@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from galvatron_jax.errors import InputError
+from galvatron_jax.runtime.clocks import Clock, clock_of
 from galvatron_jax.runtime.execution import Executor, Gradients, Tape
-from galvatron_jax.runtime.packing import Name
 from galvatron_jax.runtime.runs import Way
 from galvatron_jax.spec.model import ModelSpec, PortRole
+from galvatron_jax.trace.model import Traced
 
 _SEED = "seed"
 """Name of the loss's cotangent among what a stage keeps."""
@@ -55,9 +57,9 @@ class Stage:
         return {r: self.shape_of(r) for r in self.receives if r in flowing}
 
     @property
-    def gradient_shapes(self) -> dict[Name, jax.ShapeDtypeStruct]:
+    def gradient_shapes(self) -> dict[tuple[int, int], jax.ShapeDtypeStruct]:
         """Local shapes of the accumulated gradients, by (run, port)."""
-        found: dict[Name, jax.ShapeDtypeStruct] = {}
+        found: dict[tuple[int, int], jax.ShapeDtypeStruct] = {}
         for number, run in enumerate(self.executor.runs):
             program = self.executor.program(run)
             for port, x in enumerate(run.local.static.kind.inputs):
@@ -87,6 +89,13 @@ class Stage:
         store = self.executor.store(state, batch) | dict(received)
         tapes = self.executor.all_forward(params, store)
         return {r: store[r] for r in self.sends}, self._results(store), tapes
+
+    def again(
+        self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Mapping[str, Any], received: Mapping[str, Any]
+    ) -> list[Tape]:
+        """Runs forward again, for what backward needs alone; not in the last stage, whose results are wanted too."""
+        store = self.executor.store(state, batch) | dict(received)
+        return self.executor.all_forward(params, store, residuals_only=True)
 
     def _results(self, store: Mapping[str, Any]) -> dict[str, Any]:
         """New state that the stage makes; in the last stage, loss, weight and aux too."""
@@ -120,11 +129,11 @@ class Stage:
         return {**received, **{f"state:{path}": state[path] for path in self.remembers}}
 
     def inputs_kept(
-        self, state: Mapping[str, Any], kept: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """State as forward saw it, and what the stage received."""
+        self, state: Mapping[str, Any], kept: Mapping[str, Any], batch: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], Mapping[str, Any], dict[str, Any]]:
+        """State as forward saw it, the micro-batch, and what the stage received."""
         before = dict(state) | {path: kept[f"state:{path}"] for path in self.remembers}
-        return before, {r: kept[r] for r in self.receives}
+        return before, batch, {r: kept[r] for r in self.receives}
 
     def tapes_to_keep(self, tapes: Sequence[Tape], seed: Any | None) -> tuple[dict[str, Any], dict[str, str]]:
         """What backward takes that is not at hand then, by name; and for every name the one that holds its array."""
@@ -179,11 +188,11 @@ class Stage:
         return tapes, kept.get(_SEED)
 
 
-def make_stages(executors: Sequence[Executor]) -> tuple[Stage, ...]:
-    """Stages from the executors of their layers.
+def make_stages(executors: Sequence[Executor]) -> tuple[tuple[Stage, ...], Clock | None]:
+    """Stages from the executors of their layers, and the clock of the state that they share.
 
     Raises:
-        InputError: when a model state variable is read in one stage and made anew in another.
+        InputError: when a model state variable is read in one stage and made from data in another.
     """
     spec = executors[0].traced.spec
     starts = [executor.runs[0].start for executor in executors]
@@ -192,15 +201,17 @@ def make_stages(executors: Sequence[Executor]) -> tuple[Stage, ...]:
     received = [(), *crossing[:-1]]
     sent = [*crossing[:-1], ()]
     ranges = list(zip(starts, stops, strict=True))
-    changed = _changed_state(spec, ranges)
+    makers, readers = _makers(spec, ranges), _readers(spec, ranges)
+    shared = [path for path, stages in makers.items() if len(stages | readers.get(path, set())) > 1]
+    clock = _clock(executors[0].traced, shared, makers, readers) if shared else None
+    changed = {path: next(iter(stages)) for path, stages in makers.items() if path not in shared}
     stages = []
     for number, executor in enumerate(executors):
-        read = _state_read(spec, range(*ranges[number]))
         changes = tuple(path for path, stage in changed.items() if stage == number)
-        remembers = tuple(path for path in changes if path in read)
+        remembers = tuple(path for path in changes if number in readers.get(path, ()))
         last = number == len(executors) - 1
         stages.append(Stage(number, executor, tuple(received[number]), tuple(sent[number]), changes, remembers, last))
-    return tuple(stages)
+    return tuple(stages), clock
 
 
 def flows(spec: ModelSpec) -> set[str]:
@@ -226,28 +237,38 @@ def _path(reference: str) -> str:
     return reference.removeprefix("state:").partition("[")[0]
 
 
-def _state_read(spec: ModelSpec, layers: range) -> set[str]:
-    return {_path(r) for index in layers for r in spec.layers[index].inputs if r.startswith("state:")}
+def _readers(spec: ModelSpec, ranges: Sequence[tuple[int, int]]) -> dict[str, set[int]]:
+    """Per path of state, the stages that read it."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for number, (start, stop) in enumerate(ranges):
+        for layer in spec.layers[start:stop]:
+            for reference in layer.inputs:
+                if reference.startswith("state:"):
+                    found[_path(reference)].add(number)
+    return found
 
 
-def _changed_state(spec: ModelSpec, ranges: Sequence[tuple[int, int]]) -> dict[str, int]:
-    """Per path of state that a step makes anew, the stage that does."""
+def _makers(spec: ModelSpec, ranges: Sequence[tuple[int, int]]) -> dict[str, set[int]]:
+    """Per path of state that a step makes anew, the stages that do."""
     stage_of = {
         reference: number
         for number, (start, stop) in enumerate(ranges)
         for layer in spec.layers[start:stop]
         for reference in layer.outputs
     }
-    makers: dict[str, set[int]] = {}
+    found: dict[str, set[int]] = defaultdict(set)
     for sink, reference in spec.results:
         if sink.startswith("state:") and reference in stage_of:
-            makers.setdefault(_path(sink), set()).add(stage_of[reference])
-    for path, stages in makers.items():
-        readers = {n for n, (start, stop) in enumerate(ranges) if path in _state_read(spec, range(start, stop))}
-        if len(stages | readers) > 1:
-            raise InputError(
-                f"State {path!r} is read in pipeline stages {sorted(readers)} and made anew in {sorted(stages)}: the "
-                "next micro-batch would need it before this one is through. Give each layer a variable of its own "
-                "(such as an nnx.Rngs per block), or keep these layers in one stage."
-            )
-    return {path: next(iter(stages)) for path, stages in makers.items()}
+            found[_path(sink)].add(stage_of[reference])
+    return found
+
+
+def _clock(traced: Traced, paths: Sequence[str], makers: Mapping, readers: Mapping) -> Clock:
+    clock, others = clock_of(traced, paths)
+    for path in others:
+        raise InputError(
+            f"State {path!r} is read in pipeline stages {sorted(readers.get(path, ()))} and made from data in "
+            f"{sorted(makers[path])}: the next micro-batch would need it before this one is through. Give each layer a "
+            "variable of its own, or keep these layers in one stage."
+        )
+    return clock

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
-from typing import Any
+from functools import cached_property, partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,12 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from galvatron_jax.runtime.optimizer import trace_update, update_fn
-from galvatron_jax.runtime.optimizer_expression import COMBINE, IDENTITY, REDUCE, Evaluation, StoredUpdate
+from galvatron_jax.runtime.optimizer_expression import COMBINE, IDENTITY, Evaluation, Node, StoredUpdate
 from galvatron_jax.runtime.optimizer_proof import UnprovedError, prove
 from galvatron_jax.runtime.optimizer_state import StoredState, flat, model_specs, nested
 from galvatron_jax.runtime.packing import Flats, Packing
 from galvatron_jax.runtime.stage import Stage
-from galvatron_jax.runtime.stage_storage import StageStorage
+from galvatron_jax.runtime.stage_storage import Place, StageStorage
 from galvatron_jax.runtime.storage import Group
 from galvatron_jax.runtime.synchronise import Synchroniser
 
@@ -93,6 +93,15 @@ def _axes(group: Group) -> tuple[str, ...]:
     return tuple(name for dim in group.dims for piece in dim for name in piece.optimizer)
 
 
+class _Arrays(NamedTuple):
+    """What an update reads, as local flat arrays."""
+
+    gradients: Flats
+    slots: list[Flats]
+    others: dict[int, Any]
+    params: Flats
+
+
 @dataclass(frozen=True)
 class StageOptimizer:
     """An optimizer for the parameters of pipeline stages."""
@@ -110,7 +119,9 @@ class StageOptimizer:
     @cached_property
     def slots(self) -> tuple[Packing, ...]:
         """Where the arrays of each slot lie."""
-        return tuple(self.storage.packing(optimizer=True, dtype=self._dtype_in(slot)) for slot in self.layout.tree.slots)
+        return tuple(
+            self.storage.packing(optimizer=True, dtype=self._dtype_in(slot)) for slot in self.layout.tree.slots
+        )
 
     def _dtype_in(self, slot: Any) -> Callable[[int, Group], Any]:
         def dtype(stage: int, group: Group) -> Any:
@@ -157,30 +168,22 @@ class StageOptimizer:
         """
         assert self.update is not None
         leaves = {int(position): leaf for position, leaf in others.items()}
-        totals: dict[int, Any] = {}
+        arrays, totals = _Arrays(gradients, list(slots), leaves, params), {}
         for level in self._levels:
-            totals |= self._totals(level, (gradients, slots, leaves, params), totals)
-
-        def branch(case: int) -> Callable:
-            def run(gradients: Flats, slots: Any, leaves: Any, params: Flats, totals: Any) -> tuple[Flats, list[Flats]]:
-                return self._case(case, gradients, slots, leaves, params, totals)
-
-            return run
-
-        branches = [branch(case) for case in range(self.storage.degree)]
-        here = lax.axis_index(self.storage.axes)
-        new, new_slots = lax.switch(here, branches, gradients, list(slots), leaves, params, totals)
+            totals |= self._totals(level, arrays, totals)
+        branches = [partial(self._case, case) for case in range(self.storage.degree)]
+        new, new_slots = lax.switch(lax.axis_index(self.storage.axes), branches, arrays, totals)
         plain = _Plain(self.update, leaves, totals)
         after = {str(position): plain.value(node) for position, node in self.update.others.items()}
         return new, new_slots, {position: after.get(position, leaf) for position, leaf in others.items()}
 
     def _evaluations(
-        self, case: int, gradients: Flats, slots: Sequence[Flats], leaves: Mapping[int, Any], params: Flats, totals: Any
+        self, case: int, flats: _Arrays, totals: Mapping[int, Any]
     ) -> Iterable[tuple[Stage, StageEvaluation]]:
         assert self.update is not None
-        found = self.storage.mirrored.unpack(case, gradients)
-        stored = self.storage.stored.unpack(case, params)
-        states = [packing.unpack(case, flats) for packing, flats in zip(self.slots, slots, strict=True)]
+        found = self.storage.mirrored.unpack(case, flats.gradients)
+        stored = self.storage.stored.unpack(case, flats.params)
+        states = [packing.unpack(case, slot) for packing, slot in zip(self.slots, flats.slots, strict=True)]
         for stage in self.storage.stages[case :: self.storage.degree]:
             own = _of_stage(stored, stage.number)
             arrays = {
@@ -188,17 +191,15 @@ class StageOptimizer:
                 "parameter": Synchroniser(stage.executor).narrow(own),
             }
             mine = [_of_stage(state, stage.number) for state in states]
-            yield stage, StageEvaluation(self.update, self.storage, stage, arrays, mine, leaves, totals)
+            yield stage, StageEvaluation(self.update, self.storage, stage, arrays, mine, flats.others, totals)
 
-    def _case(
-        self, case: int, gradients: Flats, slots: Sequence[Flats], leaves: Mapping[int, Any], params: Flats, totals: Any
-    ) -> tuple[Flats, list[Flats]]:
+    def _case(self, case: int, flats: _Arrays, totals: Mapping[int, Any]) -> tuple[Flats, list[Flats]]:
         """What one group of devices does."""
         update = self.update
         assert update is not None
-        new: dict[tuple[int, str], Any] = {}
-        states: list[dict[tuple[int, str], Any]] = [{} for _ in self.slots]
-        for stage, run in self._evaluations(case, gradients, slots, leaves, params, totals):
+        new: dict[Place, Any] = {}
+        states: list[dict[Place, Any]] = [{} for _ in self.slots]
+        for stage, run in self._evaluations(case, flats, totals):
             groups = stage.executor.storage.groups
             owners = {group.key: self.storage.owner_of(group).key for group in groups}
             updated = {key: run.whole(update.parameters[owner], key) for key, owner in owners.items()}
@@ -241,38 +242,33 @@ class StageOptimizer:
                 todo += [*node.operands, *(node.payload[1].values() if node.kind == "total" else ())]
         return found
 
-    def _totals(self, level: Sequence[int], arrays: tuple, totals: Mapping[int, Any]) -> dict[int, Any]:
+    def _totals(self, level: Sequence[int], arrays: _Arrays, totals: Mapping[int, Any]) -> dict[int, Any]:
         """Totals over all stages."""
-        assert self.update is not None
-        nodes = self.update.expressions.nodes
-
-        def partials(case: int, arrays: tuple, totals: Any) -> list[list[Any]]:
-            runs = [run for _, run in self._evaluations(case, *arrays, totals)]
-            found = [[run.partial(node) for run in runs] for node in level]
-            return [[x for x in parts if x is not None] for parts in found]
-
         cases = range(self.storage.degree)
+        combines = [self._node(number).payload[0] for number in level]
         dtypes: dict[int, Any] = {}
         for case in cases:
-            shapes = jax.eval_shape(lambda a, t, case=case: partials(case, a, t), arrays, dict(totals))
-            dtypes |= {node: parts[0].dtype for node, parts in zip(level, shapes, strict=True) if parts}
+            shapes = jax.eval_shape(partial(self._partials, level, case), arrays, dict(totals))
+            dtypes |= {number: parts[0].dtype for number, parts in zip(level, shapes, strict=True) if parts}
 
-        def branch(case: int) -> Callable[[tuple, Any], list[Any]]:
-            def run(arrays: tuple, totals: Any) -> list[Any]:
-                found = []
-                for node, parts in zip(level, partials(case, arrays, totals), strict=True):
-                    combine = nodes[node].payload[0]
-                    nothing = jnp.asarray(IDENTITY[combine], dtypes[node])
-                    found.append(reduce(COMBINE[combine], parts, nothing))
-                return found
+        def run(case: int, arrays: _Arrays, totals: Any) -> list[Any]:
+            parts = self._partials(level, case, arrays, totals)
+            nothing = [jnp.asarray(IDENTITY[c], dtypes[n]) for c, n in zip(combines, level, strict=True)]
+            return [reduce(COMBINE[c], p, n) for c, p, n in zip(combines, parts, nothing, strict=True)]
 
-            return run
+        axes = self.storage.axes
+        found = lax.switch(lax.axis_index(axes), [partial(run, case) for case in cases], arrays, dict(totals))
+        return {n: _across(c, x, axes) for n, c, x in zip(level, combines, found, strict=True)}
 
-        here = lax.axis_index(self.storage.axes)
-        found = lax.switch(here, [branch(case) for case in cases], arrays, dict(totals))
-        return {
-            node: _across(nodes[node].payload[0], x, self.storage.axes) for node, x in zip(level, found, strict=True)
-        }
+    def _node(self, number: int) -> Node:
+        assert self.update is not None
+        return self.update.expressions.nodes[number]
+
+    def _partials(self, level: Sequence[int], case: int, arrays: _Arrays, totals: Mapping[int, Any]) -> list[list[Any]]:
+        """Per total, what the stages of one group of devices add to it."""
+        runs = [run for _, run in self._evaluations(case, arrays, totals)]
+        found = [[run.partial(number) for run in runs] for number in level]
+        return [[x for x in parts if x is not None] for parts in found]
 
     # ------------------------------------------------------------------------------------------ on the model's arrays
 
@@ -298,7 +294,7 @@ class _Plain(Evaluation):
         self.known = {(node, ""): x for node, x in totals.items()}
 
 
-def _of_stage(arrays: Mapping[tuple[int, str], Any], stage: int) -> dict[str, Any]:
+def _of_stage(arrays: Mapping[Place, Any], stage: int) -> dict[str, Any]:
     return {key: x for (number, key), x in arrays.items() if number == stage}
 
 

@@ -21,6 +21,9 @@ from galvatron_jax.runtime.packing import Flats, Packing
 from galvatron_jax.runtime.stage import Stage
 from galvatron_jax.runtime.storage import Group, Storage
 
+Place = tuple[int, str]
+"""A stored array: its stage and key."""
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -57,7 +60,7 @@ class StageStorage:
         return dict(found)
 
     @cached_property
-    def copies(self) -> frozenset[tuple[int, str]]:
+    def copies(self) -> frozenset[Place]:
         """Stored arrays, by stage and key, all of whose parameters an earlier stage owns."""
         owners = {(holders[0].stage, holders[0].key) for holders in self.holders.values()}
         every = {(holder.stage, holder.key) for holders in self.holders.values() for holder in holders}
@@ -86,23 +89,25 @@ class StageStorage:
     # ------------------------------------------------------------------------------------------ flat arrays
 
     @cached_property
-    def stored(self) -> Packing:
+    def stored(self) -> Packing[Place]:
         """Parameters, per group of devices, by (stage, key)."""
         return self.packing(optimizer=False)
 
     @cached_property
-    def mirrored(self) -> Packing:
+    def mirrored(self) -> Packing[Place]:
         """The same in the optimizer's layout."""
         return self.packing(optimizer=True)
 
-    def packing(self, *, optimizer: bool, dtype: Callable[[int, Group], Any] = lambda _, group: group.dtype) -> Packing:
+    def packing(
+        self, *, optimizer: bool, dtype: Callable[[int, Group], Any] = lambda _, group: group.dtype
+    ) -> Packing[Place]:
         """Where arrays lie that mirror parameters.
 
         Args:
             optimizer: whether they are in the optimizer's layout, rather than stored.
             dtype: of what mirrors a stage's stored array; None where nothing does.
         """
-        cases: list[dict[tuple[int, str], jax.ShapeDtypeStruct]] = [{} for _ in range(self.degree)]
+        cases: list[dict[Place, jax.ShapeDtypeStruct]] = [{} for _ in range(self.degree)]
         for stage in self.stages:
             for group in stage.executor.storage.groups:
                 kind = dtype(stage.number, group)
@@ -137,7 +142,7 @@ class StageStorage:
         """Sharding of every stored array outside the flat ones, by key."""
         return {group.key: self.spread(stage, group, optimizer=optimizer)[1] for stage, group in self.owned}
 
-    def take_out(self, flats: Mapping[str, Any], packing: Packing, *, optimizer: bool) -> dict[str, Any]:
+    def take_out(self, flats: Mapping[str, Any], packing: Packing[Place], *, optimizer: bool) -> dict[str, Any]:
         """Local arrays by key from local flat ones; inside a `shard_map`."""
         here = lax.axis_index(self.axes)
         found = {}
@@ -154,7 +159,7 @@ class StageStorage:
                 found[group.key] = lax.psum_scatter(x, self.axes, scatter_dimension=dim, tiled=True)
         return found
 
-    def put_in(self, arrays: Mapping[str, Any], packing: Packing, *, optimizer: bool) -> Flats:
+    def put_in(self, arrays: Mapping[str, Any], packing: Packing[Place], *, optimizer: bool) -> Flats:
         """The inverse of `take_out`; copies are filled from their owners."""
         whole = {}
         for stage, group in self.owned:
@@ -169,8 +174,8 @@ class StageStorage:
         return lax.switch(lax.axis_index(self.axes), [branch(case) for case in range(self.degree)], whole)
 
     def _of_case(
-        self, case: int, packing: Packing, whole: Mapping[str, Any], *, optimizer: bool
-    ) -> dict[tuple[int, str], Any]:
+        self, case: int, packing: Packing[Place], whole: Mapping[str, Any], *, optimizer: bool
+    ) -> dict[Place, Any]:
         found = {}
         for stage, key in packing.places[case]:
             if (stage, key) not in self.copies:
@@ -199,7 +204,7 @@ class StageStorage:
 
     # ------------------------------------------------------------------------------------------ shared parameters
 
-    def exchanged(self, case: int, arrays: Mapping[tuple[int, str], Any]) -> dict[str, Any]:
+    def exchanged(self, case: int, arrays: Mapping[Place, Any]) -> dict[str, Any]:
         """What one group of devices adds to the gradients of shared parameters, in their owners' layouts.
 
         Args:
@@ -219,9 +224,7 @@ class StageStorage:
             found[reference] = total
         return found
 
-    def with_exchanged(
-        self, case: int, arrays: Mapping[tuple[int, str], Any], totals: Mapping[str, Any]
-    ) -> dict[tuple[int, str], Any]:
+    def with_exchanged(self, case: int, arrays: Mapping[Place, Any], totals: Mapping[str, Any]) -> dict[Place, Any]:
         """The gradients of one group of devices with those of shared parameters summed over all stages."""
         new = dict(arrays)
         for reference, holders in self.shared.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -66,7 +66,7 @@ def build_step(
     executors = [make_executor(traced, plan, runs, layouts) for runs in stages]
     if len(executors) == 1:
         return Step(traced, plan, optimizer, mesh, layouts, executors[0])
-    return PipelineStep(traced, plan, optimizer, mesh, layouts, make_stages(executors))
+    return PipelineStep(traced, plan, optimizer, mesh, layouts, *make_stages(executors))
 
 
 @dataclass(frozen=True)
@@ -112,17 +112,14 @@ class Step(StepProgram):
             "step": jnp.zeros((), jnp.int32),
         }
 
-    def to_tree(self, state: State) -> State:
-        """The state with the model's own leaves by path, whatever the plan."""
+    def _to_tree(self, state: State) -> State:
         return self.optimizer_program.to_tree(self, state)
 
-    def from_tree(self, tree: State) -> State:
-        """A state of this plan from what `to_tree` gave under any plan."""
-        return jax.jit(partial(self.optimizer_program.from_tree, self), out_shardings=self.state_shardings)(tree)
+    def _from_tree(self, tree: State) -> State:
+        return self.optimizer_program.from_tree(self, tree)
 
-    def parameters(self, state: State) -> dict[str, Any]:
-        """The model's parameters by path."""
-        return self.storage.unpack(state["params"], list(self.traced.functional.parameters))
+    def _parameters(self, params: dict[str, Any]) -> dict[str, Any]:
+        return self.storage.unpack(params, list(self.traced.functional.parameters))
 
     # ------------------------------------------------------------------------------------------ the step
 

@@ -79,7 +79,10 @@ class Synchroniser:
                 continue
             lead = 1 if group.stacked else 0
             value = run.local.static.kind.inputs[port].value
-            stored, own = self.executor.program(run).shape(value, run.local.inputs[port]), self._optimizer_shape(run, port)
+            stored, own = (
+                self.executor.program(run).shape(value, run.local.inputs[port]),
+                self._optimizer_shape(run, port),
+            )
             source, target = (stored, own) if narrow else (own, stored)
             x = jnp.reshape(params[key], params[key].shape[:lead] + tuple(source))
             x = _narrowed(x, steps, target, lead=lead) if narrow else run_steps(x, steps, target, lead=lead)

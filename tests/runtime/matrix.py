@@ -22,34 +22,37 @@ MICROBATCH = 8
 AXES = ("a", "b", "c")
 
 
-def _megatron(tp: str, *, dp: str = "", **more: object) -> LayerStrategy:
+def megatron(tp: str, *, dp: str = "", **more: object) -> LayerStrategy:
+    """Tensor and Megatron's sequence parallelism; axes have one letter each."""
     return LayerStrategy(dp=tuple(dp), tp=tuple(tp), sp=tuple(tp), sp_kind=SequenceParallel.MEGATRON, **more)
 
 
-def _ulysses(sp: str, *, dp: str = "", tp: str = "", **more: object) -> LayerStrategy:
+def ulysses(sp: str, *, dp: str = "", tp: str = "", **more: object) -> LayerStrategy:
+    """Ulysses' sequence parallelism; axes have one letter each."""
     return LayerStrategy(dp=tuple(dp), tp=tuple(tp), sp=tuple(sp), sp_kind=SequenceParallel.ULYSSES, **more)
 
 
-def _plain(*, dp: str = "", tp: str = "", **more: object) -> LayerStrategy:
+def plain(*, dp: str = "", tp: str = "", **more: object) -> LayerStrategy:
+    """Data and tensor parallelism; axes have one letter each."""
     return LayerStrategy(dp=tuple(dp), tp=tuple(tp), **more)
 
 
 CYCLES: dict[str, tuple[LayerStrategy, ...]] = {
-    "dp8": (_plain(dp="abc"),),
-    "tp8": (_plain(tp="abc"),),
-    "tp4-zero3": (_plain(dp="a", tp="bc"), _plain(dp="abc", zero=3)),
-    "megatron-ulysses-dp": (_megatron("bc", dp="a"), _ulysses("bc", dp="a"), _plain(dp="abc")),
-    "zeros": (_plain(dp="ab", tp="c", zero=1), _plain(dp="ab", tp="c", zero=2), _megatron("bc", dp="a", zero=3)),
+    "dp8": (plain(dp="abc"),),
+    "tp8": (plain(tp="abc"),),
+    "tp4-zero3": (plain(dp="a", tp="bc"), plain(dp="abc", zero=3)),
+    "megatron-ulysses-dp": (megatron("bc", dp="a"), ulysses("bc", dp="a"), plain(dp="abc")),
+    "zeros": (plain(dp="ab", tp="c", zero=1), plain(dp="ab", tp="c", zero=2), megatron("bc", dp="a", zero=3)),
     "remats": (
-        _plain(dp="abc", zero=1, remat="full"),
-        _plain(dp="a", tp="bc", remat="dots"),
-        _ulysses("c", dp="ab", zero=3, remat="attention"),
+        plain(dp="abc", zero=1, remat="full"),
+        plain(dp="a", tp="bc", remat="dots"),
+        ulysses("c", dp="ab", zero=3, remat="attention"),
     ),
-    "ulysses-with-tp": (_ulysses("b", dp="a", tp="c"), _ulysses("bc", dp="a", zero=2, remat="full")),
-    "tp4": (_plain(dp="a", tp="bc"),),
-    "zero3": (_plain(dp="abc", zero=3),),
-    "tp2-everywhere": (_plain(dp="ab", tp="c"),),
-    "zero3-full": (_plain(dp="abc", zero=3, remat="full"),),
+    "ulysses-with-tp": (ulysses("b", dp="a", tp="c"), ulysses("bc", dp="a", zero=2, remat="full")),
+    "tp4": (plain(dp="a", tp="bc"),),
+    "zero3": (plain(dp="abc", zero=3),),
+    "tp2-everywhere": (plain(dp="ab", tp="c"),),
+    "zero3-full": (plain(dp="abc", zero=3, remat="full"),),
 }
 """Strategies that the layers of a model take in turn, over a mesh of three axes of two devices."""
 

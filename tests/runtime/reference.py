@@ -90,7 +90,7 @@ def _gradient(model: str) -> Any:
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-def _step(model: str, parameters: dict, state: dict, batch: dict, num_microbatches: int) -> tuple:
+def whole_step(model: str, parameters: dict, state: dict, batch: dict, num_microbatches: int) -> tuple:
     """Loss, gradients and state of a global batch: weighted means over the micro-batches, one after another."""
     total = weights = gradients = None
     for number in range(num_microbatches):
@@ -110,7 +110,7 @@ def reference(model: str, optimizer: str, num_microbatches: int) -> Trajectory:
     opt_state = OPTIMIZERS[optimizer].init(parameters)
     losses, first = [], None
     for batch in batches(model, num_microbatches):
-        loss, gradients, state = _step(model, parameters, state, batch, num_microbatches)
+        loss, gradients, state = whole_step(model, parameters, state, batch, num_microbatches)
         first = first if first is not None else gradients
         parameters, opt_state = update(gradients, opt_state, parameters)
         losses.append(float(loss))
