@@ -25,3 +25,7 @@ class InfeasibleError(GalvatronError):
 
 class PlanMismatchError(GalvatronError):
     """A plan was made for another model, batch or set of devices; the message says what differs."""
+
+
+class DeadlockError(GalvatronError):
+    """A compiled step would wait for ever."""

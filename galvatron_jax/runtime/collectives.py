@@ -28,6 +28,7 @@ from galvatron_jax.partition.static import itemsize
 from galvatron_jax.runtime.emit import needed_forward
 from galvatron_jax.runtime.engine import handed_back_packing, received_packing
 from galvatron_jax.runtime.execution import Executor, spec_of
+from galvatron_jax.runtime.hlo import hlo_computations
 from galvatron_jax.runtime.packing import Packing
 from galvatron_jax.runtime.pipeline import PipelineStep
 from galvatron_jax.runtime.program import StepProgram
@@ -423,7 +424,6 @@ def _group_table(step: StepProgram) -> Mapping[frozenset[frozenset[int]], tuple[
 
 # ------------------------------------------------------------------------------------------------ as compiled
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)"
     r"(-start)?\("
@@ -457,7 +457,7 @@ def read_hlo(
         groups: from groups of devices to mesh axes.
         mesh: sizes of the mesh axes.
     """
-    computations, entry = _computations(text)
+    computations, entry = hlo_computations(text)
     found: Collectives = Counter()
     todo = [(entry, 1)]
     while todo:
@@ -474,19 +474,6 @@ def read_hlo(
             called += [c.strip().lstrip("%") for b in _BRANCHES.findall(line) for c in b.split(",")]
             todo += [(c, turns) for c in called if c in computations]
     return found
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    computations: dict[str, list[str]] = {}
-    entry, lines = "", []
-    for line in text.splitlines():
-        match = _COMPUTATION.match(line)
-        if match:
-            lines = computations[match[1]] = []
-            entry = match[1] if line.startswith("ENTRY") else entry
-        else:
-            lines.append(line)
-    return computations, entry
 
 
 def _signatures(

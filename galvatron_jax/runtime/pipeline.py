@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from galvatron_jax.cost.schedules import ScheduleTable, make_table
 from galvatron_jax.runtime.clocks import Clock
 from galvatron_jax.runtime.engine import Engine
+from galvatron_jax.runtime.hlo import check_deadlocks
 from galvatron_jax.runtime.optimizer_state import nested
 from galvatron_jax.runtime.packing import Flats, Packing
 from galvatron_jax.runtime.program import State, StepProgram
@@ -171,6 +172,12 @@ class PipelineStep(StepProgram):
             opt_state = {"slots": new_slots, "others": new_others}
         new = {"params": params, "opt_state": opt_state, "model_state": model_state, "step": state["step"] + 1}
         return new, metrics
+
+    @cached_property
+    def _executable(self) -> Any:
+        """The compiled step, which cannot deadlock."""
+        check_deadlocks(self.compiled.as_text())
+        return self.compiled
 
     def _local(
         self, params: Flats, model_state: dict, batch: dict, slots: list[Flats], others: dict

@@ -114,7 +114,12 @@ class StepProgram(ABC):
             state: as the last call gave it.
             batch: pytree of arrays with the global batch as dim 0.
         """
-        return self.jitted(self._settled(state), self.place(batch))
+        return self._executable(self._settled(state), self.place(batch))
+
+    @property
+    def _executable(self) -> Any:
+        """What a call runs."""
+        return self.jitted
 
     def place(self, batch: Any) -> dict[str, Any]:
         """A global batch as micro-batches on the devices: per leaf `(microbatches, examples, ...)`, sharded."""

@@ -22,6 +22,7 @@ MIXES: dict[int, dict[str, tuple[LayerStrategy, ...]]] = {
             plain(dp="bc", zero=2, remat="full"),
         ),
         "dp-and-tp": (plain(dp="bc"), plain(dp="bc"), plain(tp="bc"), plain(dp="bc", zero=1)),
+        "dp": (plain(dp="bc"),),
         "zero3": (plain(dp="bc", zero=3), megatron("bc", zero=3, remat="dots"), plain(dp="bc", zero=3)),
     },
     4: {
@@ -136,7 +137,7 @@ def cases() -> Iterable[PipelineCase]:
             for schedule in SCHEDULES:
                 stages = degree * (2 if schedule is Schedule.INTERLEAVED else 1)
                 if stages <= len(traced(model).spec.layers):
-                    yield from (PipelineCase(model, degree, schedule, mix) for mix in mixes)
+                    yield from (PipelineCase(model, degree, schedule, mix) for mix in mixes if mix != "dp")
 
 
 def parameters() -> list:

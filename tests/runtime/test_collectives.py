@@ -5,6 +5,7 @@ from __future__ import annotations
 import optax
 import pytest
 
+from galvatron_jax.errors import DeadlockError
 from galvatron_jax.runtime.collectives import (
     CollectiveSignature,
     bytes_by_group,
@@ -13,10 +14,14 @@ from galvatron_jax.runtime.collectives import (
     predicted_collectives,
     traced_collectives,
 )
+from galvatron_jax.runtime.hlo import check_deadlocks, permutes_in_branches
+from galvatron_jax.spec.plan import Schedule
 from galvatron_jax.spec.profile import CollectiveKind
 from tests.models import MODELS
 
+from . import pipelines
 from .matrix import Case, parameters
+from .pipelines import PipelineCase
 
 WITHOUT_PASSES = {
     # XLA on CPU dissolves optimisation barriers (`cse_barrier_expander`) before it last merges equal operations, so a
@@ -73,3 +78,54 @@ def test_gradients_are_synchronised_once_whatever_the_number_of_microbatches(mod
     loss = CollectiveSignature("all-reduce", ("a", "b", "c"), 4, "float32")
     assert (one.pop(loss), four.pop(loss)) == (1, 4)
     assert one == four
+
+
+@pytest.mark.parametrize("case", pipelines.parameters())
+def test_collectives_of_pipelines_are_as_planned(case: PipelineCase) -> None:
+    step = case.build(OPTIMIZER)
+    planned = predicted_collectives(step)
+    assert traced_collectives(step) == planned
+    assert lowered_collectives(step) == predicted_collectives(step, once=True)
+    passes = [name for name, models in WITHOUT_PASSES.items() if case.model in models]
+    compiled = compiled_collectives(step, without_passes=passes)
+    assert bytes_by_group(compiled) == bytes_by_group(planned)
+    assert permutes_in_branches(step.compiled.as_text()) == []
+
+
+def test_pipelines_synchronise_gradients_once_whatever_the_number_of_microbatches() -> None:
+    """Of a purely data-parallel model nothing but the loss is summed over the data axes in a tick."""
+    once = []
+    for count in (4, 8):
+        case = PipelineCase("llama", 2, Schedule.ONE_F_ONE_B, "dp", count)
+        step = case.build(OPTIMIZER)
+        found = predicted_collectives(step)
+        loss = CollectiveSignature("all-reduce", ("b", "c"), 4, "float32")
+        assert found.pop(loss) == step.table.num_ticks
+        once.append({signature: n for signature, n in found.items() if signature.axes == ("b", "c")})
+    assert once[0] == once[1]
+    assert once[0]
+
+
+LOOPED = """
+%branch (p: f32[4]) -> f32[4] {
+  %p = f32[4] parameter(0)
+  ROOT %moved = f32[4] collective-permute(%p), source_target_pairs={{0,1}}
+}
+
+%other (p: f32[4]) -> f32[4] {
+  ROOT %p = f32[4] parameter(0)
+}
+
+ENTRY %main (i: s32[], x: f32[4]) -> f32[4] {
+  %i = s32[] parameter(0)
+  %x = f32[4] parameter(1)
+  %chosen = f32[4] conditional(%i, %x, %x), branch_computations={%branch, %other}
+  ROOT %moved = f32[4] collective-permute(%chosen), source_target_pairs={{0,1}}
+}
+"""
+
+
+def test_a_permute_in_a_branch_is_found_before_it_hangs() -> None:
+    assert len(permutes_in_branches(LOOPED)) == 1
+    with pytest.raises(DeadlockError, match="1 collective-permute.* inside branches"):
+        check_deadlocks(LOOPED)

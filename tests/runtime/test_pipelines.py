@@ -74,7 +74,7 @@ def decay_matrices(parameters: dict) -> dict:
 OTHERS = {
     "clipped": optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-3, eps=1e-3, mask=decay_matrices)),
     "lamb": optax.lamb(1e-3, eps=1e-2),
-    "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=8),
+    "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=8, eps=1e-4),
 }
 """Optimizers that look at all parameters at once, at each as a whole, or at their shapes."""
 
@@ -101,16 +101,14 @@ def test_optimizers_that_see_more_than_an_element(name: str) -> None:
     assert differences(found, to_numpy(named_leaves(opt_state))) == {}
 
 
+@pytest.mark.standard_promotion
 def test_state_goes_from_plan_to_plan_without_loss() -> None:
     optimizer = optax.adamw(1e-3)
     step = TIED.build(optimizer)
     state = step.init(0)
     assert differences(to_numpy(step.parameters(state)), to_numpy(initial(TIED.model)[0])) == {}
     assert jax.tree.map(lambda x: x.sharding, state) == step.state_shardings
-    other = PipelineCase("gpt2_tied_dropout", 4, Schedule.INTERLEAVED, "zero3")
-    if len(traced(other.model).spec.layers) < 8:
-        other = PipelineCase("gpt2_tied_dropout", 2, Schedule.INTERLEAVED, "zero3")
-    moved = other.build(optimizer)
+    moved = PipelineCase(TIED.model, 2, Schedule.INTERLEAVED, "zero3").build(optimizer)
     back = step.to_tree(step.from_tree(moved.to_tree(moved.from_tree(step.to_tree(state)))))
     same = jax.tree.map(
         lambda a, b: bool(np.array_equal(a, b)),
