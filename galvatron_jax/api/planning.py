@@ -26,7 +26,7 @@ from galvatron_jax.search.question import Question
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import Plan
-from galvatron_jax.spec.plan_checks import check_plan, check_runnable
+from galvatron_jax.spec.plan_checks import check_plan
 from galvatron_jax.spec.profile import Profile
 from galvatron_jax.trace.model import Traced, trace
 
@@ -136,19 +136,17 @@ def make_plan(
     cluster: ClusterSpec | str | PathLike[str],
     profile: Profile | str | PathLike[str] | None,
 ) -> Planned:
-    """Traces, profiles and searches plans that run; or checks and prices a given one.
+    """Traces, profiles and searches plans of one stage; or checks and prices a given one, of any number.
 
     Raises:
         InfeasibleError: when no plan fits the budget.
-        PlanMismatchError: when the given plan is for another model, batch or number of devices, or has several stages.
+        PlanMismatchError: when the given plan is for another model, batch or number of devices.
     """
     given = Plan.load(plan) if isinstance(plan, (str, PathLike)) else plan
     traced = request.trace()
     count = request.num_microbatches if given is None else given.num_microbatches
-    # The executor runs one stage.
+    # The profiler measures layers on the whole mesh, as one stage has it.
     space = SearchSpace(num_microbatches=None if count is None else (count,), pipeline_degrees=(1,))
-    if given is not None:
-        check_runnable(given)
     question = make_question(request, traced, cluster=cluster, profile=profile, space=space, given=given)
     if given is None:
         result = question.answer()

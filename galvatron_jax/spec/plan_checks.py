@@ -17,7 +17,7 @@ _LEVELS = ("inter", "intra")
 
 
 def check_plan(plan: Plan, model: ModelSpec, num_devices: int) -> None:
-    """Makes sure that a plan is one for a model and so many devices. `check_runnable` says whether it can be run too.
+    """Makes sure that a plan is one for a model and so many devices.
 
     Args:
         plan: The plan, found by the search or written by hand.
@@ -39,20 +39,6 @@ def check_plan(plan: Plan, model: ModelSpec, num_devices: int) -> None:
     if faults:
         heading = f"This plan for {plan.model!r} cannot train {model.name!r} on {_count(num_devices, 'device')}:"
         raise PlanMismatchError("\n  ".join([heading, *faults]))
-
-
-def check_runnable(plan: Plan) -> None:
-    """Makes sure that an executor runs the plan; plans that none runs can still be searched, priced and shown.
-
-    Raises:
-        PlanMismatchError: when the plan has several stages.
-    """
-    if len(plan.stages) > 1:
-        raise PlanMismatchError(
-            f"This plan for {plan.model!r} has {len(plan.stages)} pipeline stages, but the executor {plan.executor!r} "
-            "runs one stage only. Search for a plan with one stage (`galvatron-jax search --runnable`); this one can "
-            "be priced and shown, not run."
-        )
 
 
 def _mesh_faults(plan: Plan, num_devices: int) -> Iterator[str]:
