@@ -36,10 +36,6 @@ class Agreement:
         self.static, self.strategy, self.mesh = static, strategy, mesh
         self.setting, self.ports = setting, ports
         self.planned_at, self.traced_at = planned_at, traced_at
-        growing, positions = setting.growing, static.program.positions
-        self.is_affine = static.program.is_affine(growing) and not any(
-            factor in growing for value in static.parameter_values for factor in positions[value]
-        )
         self._shapes: dict[int, bool] = {}
         self._checked: dict[int, int] = {}
         """By micro-batch, how many of the choices are known to hold; -1 where one does not."""
@@ -62,7 +58,9 @@ class Agreement:
 
     def _are_affine(self, sizes: tuple[int, ...], microbatch: int) -> bool:
         here = self.setting.sizes
-        return self.is_affine and all(sizes[f] * self.planned_at == here[f] * microbatch for f in self.setting.growing)
+        return self.static.is_affine(self.setting.growing) and all(
+            sizes[f] * self.planned_at == here[f] * microbatch for f in self.setting.growing
+        )
 
     def _can_shard_alike(self, sizes: tuple[int, ...]) -> bool:
         """Whether the same axes can shard the same factors, and ports are laid out alike."""

@@ -45,21 +45,27 @@ class Choice:
             chosen: factors of the axes before it.
         """
         moving = [
-            (n, value, state)
+            (n, value, state, state.layouts[0][axis])
             for n, (value, state) in enumerate(zip(self.op.operands, self.states, strict=True))
             if state.layouts[0][axis] != NOWHERE and not state.zero
         ]
-        best, best_cost = None, 0.0
-        for _, value, state in moving:
-            best_cost += self._move_cost(value, state, axis, NOWHERE)
         allowed = self.setting.allowed[axis]
+        found: list[tuple[StaticFactor, float]] = []
         for factor in self.op.factors:
             if factor.factor not in allowed or not self._admissible(factor, axis, chosen):
                 continue
-            cost = 0.0
-            for n, value, state in moving:
-                cost += self._move_cost(value, state, axis, factor.operands[n])
+            cost, operands = 0.0, factor.operands
+            for n, value, state, now in moving:
+                if operands[n] != now:
+                    cost += self._move_cost(value, state, axis, operands[n])
             cost += self._result_cost(factor, axis)
+            if not cost:
+                return factor, 0.0
+            found.append((factor, cost))
+        best, best_cost = None, 0.0
+        for _, value, state, _ in moving:
+            best_cost += self._move_cost(value, state, axis, NOWHERE)
+        for factor, cost in found:
             if cost < best_cost - 1e-9 or (best is None and cost <= best_cost):
                 best, best_cost = factor, cost
         return best, best_cost

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 from galvatron_jax.partition.instructions import Version
@@ -113,27 +115,24 @@ def traffic(tallies: Sequence[Tally]) -> Traffic:
 
     Elementwise operations fuse into their neighbours; what they make counts only when several operations read it.
     """
-    uses: dict[Version, int] = {}
-    for tally in tallies:
-        for version in tally.read:
-            uses[version] = uses.get(version, 0) + 1
-    left = dict(uses)
+    uses = Counter(chain.from_iterable([tally.read for tally in tallies]))
+    left = uses.copy()
     moved, live, peaks = [0.0, 0.0], [0.0, 0.0], [(0.0, 0.0)]
     alive: dict[Version, tuple[float, bool]] = {}
     for read, made, fused, (moved_anyway, moved_growing), inner_peaks, _ in tallies:
         for stays, grows in inner_peaks:
             peaks.append((live[0] + stays, live[1] + grows))
         for version, size, grows in made:
-            if not fused or left.get(version, 0) > 1:
+            if not fused or left[version] > 1:
                 alive[version] = size, grows
                 live[grows] += size
                 moved[grows] += size
+                peaks.append((live[0], live[1]))
         moved[0] += moved_anyway
         moved[1] += moved_growing
-        peaks.append((live[0], live[1]))
         for version in read:
             left[version] -= 1
-            if not left[version] and version in alive:
+            if version in alive and not left[version]:
                 size, grows = alive.pop(version)
                 live[grows] -= size
     return Traffic((moved[0], moved[1]), _largest(peaks), uses.keys())

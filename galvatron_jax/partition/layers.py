@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from galvatron_jax.partition.agreement import Agreement
@@ -189,6 +189,10 @@ class _Through:
     """Of forward."""
     versions: Mapping[int, list[int]]
     """Per kept value, forward's numbers of the versions at hand in backward."""
+    operations: int
+    """Of backward."""
+    passes: dict[bool, _Passes] = field(default_factory=dict)
+    """To the end, gradients scattered or not."""
 
 
 class _Context:
@@ -218,9 +222,8 @@ class _Context:
             static, strategy, mesh, self.setting, self.ports, planned_at=microbatch, traced_at=traced_at
         )
         self.gradients = tuple((i, p, p.gradient) for i, p in enumerate(self.kind.inputs) if p.gradient is not None)
-        self._forwards: dict[tuple, Pass] = {}
-        self._throughs: dict[tuple[Remat, bool], _Through] = {}
-        self._passes: dict[tuple[Remat, int], _Passes] = {}
+        self._forwards: dict[tuple, tuple[Pass, Counts]] = {}
+        self._throughs: dict[tuple, _Through] = {}
         self._plans: dict[tuple[int, Remat], LocalPlan] = {}
         self._parameters: dict[tuple, tuple[ParameterPlan, ...]] = {}
 
@@ -293,32 +296,37 @@ class _Context:
 
     def passes(self, zero: int, remat: Remat) -> _Passes:
         """Both passes. ZeRO 0 and 1 keep gradients as they are made, 2 scatters them, 3 gathers parameters as well."""
-        key = remat, max(zero, 1)
-        if key not in self._passes:
-            self._passes[key] = self._hand_over(self.through(remat, sharded=zero == 3), zero, split(self.static, remat))
-        return self._passes[key]
+        through = self.through(remat, sharded=zero == 3)
+        scatter = zero >= 2
+        if scatter not in through.passes:
+            through.passes[scatter] = self._hand_over(through, sharded=zero == 3, scatter=scatter)
+        return through.passes[scatter]
 
     def through(self, remat: Remat, *, sharded: bool) -> _Through:
         """Both passes but for what happens to gradients at the end, parameters stored sharded or not."""
-        key = remat, sharded
+        parts, keep_all = split(self.static, remat), remat is Remat.NONE
+        key = parts.key, sharded, keep_all and bool(parts.saved)
         if key not in self._throughs:
-            parts = split(self.static, remat)
-            forward = self._forward(parts, sharded=sharded)
-            backward, versions = self._start_backward(forward, parts.saved, sharded, keep_all=remat is Remat.NONE)
+            forward, counts = self._forward(parts, sharded=sharded)
+            done = forward.length
+            backward, versions = self._start_backward(forward, parts.saved, sharded, keep_all=keep_all)
             backward.run(parts.backward)
-            self._throughs[key] = _Through(forward, backward, forward.counts(len(parts.forward)), versions)
+            if forward.length > done:
+                counts = forward.counts(len(parts.forward))
+            self._throughs[key] = _Through(forward, backward, counts, versions, len(parts.backward))
         return self._throughs[key]
 
-    def _forward(self, parts: Split, *, sharded: bool) -> Pass:
-        """A forward pass that no other goes on with."""
-        key = tuple([op.index for op in parts.forward]), sharded
+    def _forward(self, parts: Split, *, sharded: bool) -> tuple[Pass, Counts]:
+        """A forward pass that no other goes on with, and what it counts for."""
+        key = parts.forward_key, sharded
         if key not in self._forwards:
             forward = self._new_pass(sharded=sharded)
             forward.run(parts.forward)
             for port, layout in zip(self.kind.outputs, self.ports.outputs, strict=True):
                 forward.convert(port.value, layout)
-            self._forwards[key] = forward
-        return self._forwards[key].fork()
+            self._forwards[key] = forward, forward.counts(len(parts.forward))
+        forward, counts = self._forwards[key]
+        return forward.fork(), counts
 
     def _new_pass(self, *, sharded: bool) -> Pass:
         """A pass that holds the layer's inputs."""
@@ -355,15 +363,15 @@ class _Context:
                 backward.hold(port.cotangent, layout)
         return backward, versions
 
-    def _hand_over(self, through: _Through, zero: int, parts: Split) -> _Passes:
+    def _hand_over(self, through: _Through, *, sharded: bool, scatter: bool) -> _Passes:
         """Gradients brought into the layouts in which they leave, and all counted."""
         forward, backward = through.forward, through.backward.fork()
-        inputs = self.ports.inputs(sharded=zero == 3)
+        inputs = self.ports.inputs(sharded=sharded)
         gradients = tuple(
-            backward.convert(gradient, self._gradient_layout(backward, inputs[i], port, gradient, scatter=zero >= 2))
+            backward.convert(gradient, self._gradient_layout(backward, inputs[i], port, gradient, scatter=scatter))
             for i, port, gradient in self.gradients
         )
-        counts = backward.counts(len(parts.backward))
+        counts = backward.counts(through.operations)
         read = {*gradients, *counts.read}
         kept = tuple(
             (value, number, position)

@@ -52,7 +52,7 @@ class Draft:
     def outcome(self) -> Outcome:
         """What has changed, and what was recorded."""
         return Outcome(
-            tuple(self.changed.items()),
+            self.changed,
             tuple(self.instructions),
             tuple(self.tallies),
             tuple(self.decisions),

@@ -34,6 +34,11 @@ class Pass:
         return other
 
     @property
+    def length(self) -> int:
+        """How much was planned so far."""
+        return len(self._outcomes)
+
+    @property
     def instructions(self) -> tuple[Instruction, ...]:
         """All so far."""
         return tuple(chain.from_iterable([outcome.instructions for outcome in self._outcomes]))
@@ -92,7 +97,7 @@ class Pass:
 
     def run(self, operations: Iterable[StaticOp]) -> None:
         """Plans operations in order; what the setting knows is not planned again."""
-        held, outcomes = self.held, self.setting.outcomes
+        held, outcomes, done = self.held, self.setting.outcomes, self._outcomes
         for op in operations:
             states: tuple = tuple([held[value] for value in op.operands])
             rows = self._scatter_rows(op, states) if op.scatter_rows else {}
@@ -100,7 +105,8 @@ class Pass:
             outcome = outcomes[op.index].get(key)
             if outcome is None:
                 outcome = outcomes[op.index][key] = self._plan(op, states, rows)
-            self._take(outcome)
+            held.update(outcome.held)
+            done.append(outcome)
 
     def _take(self, outcome: Outcome) -> None:
         self.held.update(outcome.held)

@@ -18,6 +18,10 @@ class Split:
     backward: tuple[StaticOp, ...]
     saved: tuple[int, ...]
     """Values that forward keeps for backward."""
+    forward_key: tuple[int, ...]
+    """The forward operations' indices."""
+    key: tuple[tuple[int, ...], ...]
+    """All of it."""
 
 
 def split(static: StaticKind, remat: Remat) -> Split:
@@ -31,11 +35,13 @@ def _split(static: StaticKind, remat: Remat) -> Split:
     backward, leaves = _needed(static, gradients, stop=candidates)
     saved = tuple(v for v in sorted(leaves) if v in candidates)
     forward, _ = _needed(static, [*(p.value for p in static.kind.outputs), *saved], stop=set())
-    operations = static.program.operations
+    operations, forward_key = static.program.operations, tuple(sorted(forward))
     return Split(
-        forward=tuple(op for op in operations if op.index in forward),
-        backward=tuple(op for op in operations if op.index in backward),
+        forward=tuple(operations[index] for index in forward_key),
+        backward=tuple(operations[index] for index in sorted(backward)),
         saved=saved,
+        forward_key=forward_key,
+        key=(forward_key, tuple(sorted(backward)), saved),
     )
 
 

@@ -47,7 +47,7 @@ class Keep(Enum):
 class Outcome(NamedTuple):
     """What planning one operation gives."""
 
-    held: tuple[tuple[int, Held], ...]
+    held: dict[int, Held]
     """New states of operands and results."""
     instructions: tuple[Instruction, ...]
     tallies: tuple[Tally, ...]
@@ -98,7 +98,11 @@ class Setting:
         self.axes = tuple(axes)
         self.axis_sizes = tuple(axis.size for axis in axes)
         self.nowhere: Layout = (NOWHERE,) * len(self.axes)
-        self._known: tuple[dict[tuple, dict[tuple, Outcome]], ...] = tuple({} for _ in program.operations)
+        self.allowed = tuple(allowed)
+        self.outcomes: list[dict[tuple, Outcome]] = [{} for _ in program.operations]
+        """Per operation, by the states of its operands."""
+        self._shared: dict[tuple, dict[tuple, Outcome]] = {}
+        self._bodies: dict[int, Setting] = {}
         self.moves: dict[tuple[int, Held, Layout], tuple[Outcome, int]] = {}
         """Conversions by value, state and target, with the version that each makes."""
         self.dear: list[DearChoice] = [] if dear is None else dear
@@ -107,21 +111,16 @@ class Setting:
         self._states: dict[tuple, Held] = {}
         self._bytes: dict[tuple[int, Held, int], float] = {}
         self._points: dict[int, tuple[float, bool]] = {}
-        self._allow(allowed)
 
     def allowing(self, allowed: Sequence[frozenset[int]]) -> Setting:
-        """The same with other factors allowed; the two share what does not depend on these."""
+        """The same with other factors allowed; all that come from one setting share what does not depend on these."""
         other = copy.copy(self)
-        other._allow(allowed)
+        other.allowed, other._bodies = tuple(allowed), {}
+        other.outcomes = [
+            self._shared.setdefault((op.index, *[factors & op.asks for factors in allowed]), {})
+            for op in self.program.operations
+        ]
         return other
-
-    def _allow(self, allowed: Sequence[frozenset[int]]) -> None:
-        self.allowed = tuple(allowed)
-        self.outcomes: list[dict[tuple, Outcome]] = []
-        """Per operation, by the states of its operands."""
-        for op, known in zip(self.program.operations, self._known, strict=True):
-            self.outcomes.append(known.setdefault(tuple([factors & op.asks for factors in allowed]), {}))
-        self._bodies: dict[int, Setting] = {}
 
     def body(self, op: StaticOp) -> Setting:
         """The setting of a loop's body."""
@@ -249,7 +248,7 @@ class Setting:
             Convert(value, source, version, steps, self.local_shape(value, target, held.lazy)),
         )  # fmt: skip
         tallies = () if self.keep is Keep.STEPS else (self._tally(value, after, source, version, steps),)
-        return Outcome(((value, after),), made, tallies), version
+        return Outcome({value: after}, made, tallies), version
 
     def _tally(self, value: int, held: Held, source: int, target: int, steps: Sequence[Step]) -> Tally:
         """A conversion counts its collectives; slices alone fuse with what reads them."""
@@ -265,7 +264,7 @@ class Setting:
         )
 
 
-NOTHING = Outcome((), (), ())
+NOTHING = Outcome({}, (), ())
 """What is at hand already."""
 
 

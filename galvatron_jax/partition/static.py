@@ -105,13 +105,6 @@ class StaticProgram:
             if factor.role is FactorRole.BATCH and (factor.size == traced_at or index == batch_factor)
         )
 
-    def is_affine(self, growing: frozenset[int]) -> bool:
-        """Whether every value and the work of every operation is fixed or proportional to the micro-batch."""
-        return all(sum(f in growing for f in positions) <= 1 for positions in self.positions) and all(
-            sum(f.factor in growing for f in op.factors) <= 1 and (op.body is None or op.body.is_affine(growing))
-            for op in self.operations
-        )
-
 
 def prepare(program: Program) -> StaticProgram:
     """Flattens a program's dims and rules."""
@@ -184,6 +177,8 @@ class Memo:
     """Hidden factors by tensor axes."""
     splits: Recent = field(default_factory=lambda: Recent(len(Remat)))
     """Forward and backward programs by remat policy."""
+    affine: dict[frozenset[int], bool] = field(default_factory=dict)
+    """Whether all grows in proportion to the micro-batch or not at all, by growing factors."""
     contexts: Recent = field(default_factory=lambda: Recent(MAX_CONTEXTS))
     """What strategies with the same logical axes share, by axes and micro-batch."""
 
@@ -206,6 +201,21 @@ class StaticKind:
     """Operation that makes each value."""
     memo: Memo = field(default_factory=Memo, repr=False)
     """What was planned before."""
+
+    def is_affine(self, growing: frozenset[int]) -> bool:
+        """Whether every value and all work is fixed or proportional to the micro-batch, and parameters are fixed."""
+        if growing not in self.memo.affine:
+            positions = self.program.positions
+            fixed = not any(factor in growing for value in self.parameter_values for factor in positions[value])
+            self.memo.affine[growing] = fixed and _is_affine(self.program, growing)
+        return self.memo.affine[growing]
+
+
+def _is_affine(program: StaticProgram, growing: frozenset[int]) -> bool:
+    return all(sum(f in growing for f in positions) <= 1 for positions in program.positions) and all(
+        sum(f.factor in growing for f in op.factors) <= 1 and (op.body is None or _is_affine(op.body, growing))
+        for op in program.operations
+    )
 
 
 def _prepare_kind(kind: LayerKind) -> StaticKind:

@@ -96,8 +96,14 @@ def tensor_factors(static: StaticKind, names: Sequence[str], mesh: Mapping[str, 
     another. Per cluster every factor alone and every ordered pair (key-value heads first, the rest on query groups,
     where there are fewer key-value heads than tensor shards) is planned, and the cheapest taken.
     """
-    key = tuple(names), tuple(mesh.items())
-    return static.memo.tensor_plans.get(key, lambda: _tensor_factors(static, names, mesh))
+    # What the axes are called does not matter, only their sizes and order: meshes of all stages share choices.
+    order = {name: str(rank) for rank, name in enumerate(sorted(names, key=list(mesh).index))}
+    renamed, sizes = tuple(order[name] for name in names), {order[name]: mesh[name] for name in mesh if name in order}
+    found = static.memo.tensor_plans.get(
+        (renamed, tuple(sizes.values())), lambda: _tensor_factors(static, renamed, sizes)
+    )
+    back = {new: name for name, new in order.items()}
+    return tuple((tuple(back[name] for name in group), factors) for group, factors in found)
 
 
 def _tensor_factors(static: StaticKind, names: Sequence[str], mesh: Mapping[str, int]) -> TensorPlan:
