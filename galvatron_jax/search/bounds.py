@@ -2,7 +2,8 @@
 
 A stage's seconds are at least the sum of its layers' cheapest options; and under a price of `mu` seconds per byte, at
 least the cheapest sum of seconds and priced bytes, less the priced budget (Lagrangian relaxation of its memory limit,
-as in `relaxation`). The slowest stage of the best cut follows by dynamic programming over those.
+as in `relaxation`). The slowest stage of the best cut follows by dynamic programming over those. What a stage does
+once a step counts with its seconds per micro-batch, shared out over the micro-batches: no option is fast at both.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from galvatron_jax.cost.schedules import TickKinds
 from galvatron_jax.search.pipeline import Pipeline
 
 _PRICES = 40
@@ -34,9 +36,9 @@ class Bounds:
     """Lower bounds of one problem under one budget."""
 
     problem: Pipeline
-    busy: np.ndarray
-    """Forward and backward seconds of a stage over layers `start` to `stop - 1`; infinite where they do not fit.
-    float64[stages, layers + 1, layers + 1]"""
+    load: np.ndarray
+    """Seconds per micro-batch of a stage over layers `start` to `stop - 1`: forward, backward, and its part of what is
+    done once a step; infinite where they do not fit. float64[stages, layers + 1, layers + 1]"""
     forward: np.ndarray
     """Seconds of the first layers' cheapest forwards. float64[layers + 1]"""
     backward: np.ndarray
@@ -44,14 +46,16 @@ class Bounds:
     once: np.ndarray
     """The same once a step."""
     left: np.ndarray
-    """The slowest of the first stages over the first layers, cut best. float64[stages + 1, layers + 1]"""
+    """The largest load of the first stages over the first layers, cut best. float64[stages + 1, layers + 1]"""
     right: np.ndarray
-    """The slowest of the last stages over the last layers, cut best. float64[stages + 1, layers + 1]"""
+    """The largest load of the last stages over the last layers, cut best. float64[stages + 1, layers + 1]"""
     share: tuple[np.ndarray, np.ndarray]
     """Per virtual stage, seconds of the step that a second of its forward, and of its backward, costs at least when
     every tick is shared out evenly over the groups that work in it. float64[stages]"""
     priced: tuple[Priced, ...]
-    """Per virtual stage, sums over the first layers under several prices of a byte."""
+    """Per virtual stage, sums of loads over the first layers under several prices of a byte."""
+    budget_bytes: float
+    """Per device, without `Pipeline.fixed_bytes`."""
     _rest: dict[tuple[int, int], tuple[np.ndarray, float]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -62,18 +66,34 @@ class Bounds:
             problem: the problem.
             budget_bytes: per device, without `Pipeline.fixed_bytes`.
         """
-        made: dict[tuple[int, int], np.ndarray] = {}
-        for layer, (first, repeat) in enumerate(zip(problem.layers, problem.repeats, strict=True)):
-            made.setdefault((id(first), id(repeat)), _layer_table(problem, layer))
-        tables = [made[id(x), id(y)] for x, y in zip(problem.layers, problem.repeats, strict=True)]
+        tables = layer_tables(problem)
         forward, backward, once = (_running([table[:, part].min() for table in tables]) for part in range(3))
-        priced = [_price(problem, tables, stage, budget_bytes) for stage in range(problem.num_stages)]
+        part = 1 / problem.num_microbatches
+        priced = [_price(problem, tables, stage, budget_bytes, once=part) for stage in range(problem.num_stages)]
         sending = _sending(problem)
-        busy = np.stack([_busy(*pair) + sending for pair in priced])
-        share = _even_share(problem)
+        load = np.stack([_busy(*pair) + sending for pair in priced])
         return cls(
-            problem, busy, forward, backward, once, _first(busy), _last(busy), share, tuple(p for p, _ in priced)
-        )
+            problem, load, forward, backward, once, _first(load), _last(load), _even_share(problem),
+            tuple(p for p, _ in priced), budget_bytes,
+        )  # fmt: skip
+
+    @cached_property
+    def busy(self) -> np.ndarray:
+        """Forward and backward seconds of a stage over layers `start` to `stop - 1`; infinite where they do not fit.
+
+        Returns:
+            float64[stages, layers + 1, layers + 1]
+        """
+        tables, sending = layer_tables(self.problem), _sending(self.problem)
+        priced = [
+            _price(self.problem, tables, stage, self.budget_bytes, once=0.0) for stage in range(self.problem.num_stages)
+        ]
+        return np.stack([_busy(*pair) + sending for pair in priced])
+
+    @cached_property
+    def _slowest(self) -> np.ndarray:
+        """The slowest of the last stages over the last layers, cut best. float64[stages + 1, layers + 1]."""
+        return _last(self.busy)
 
     # ------------------------------------------------------------------------------------------ of completions
 
@@ -94,7 +114,7 @@ class Bounds:
         if problem.num_chunks > 1 or stage == problem.num_stages:
             return floor
         both = (kinds.forward & kinds.backward)[:, stage:].all(1)
-        floor[both] = self.right[problem.num_stages - stage, layer]
+        floor[both] = self._slowest[problem.num_stages - stage, layer]
         count = len(problem.layers)
         groups = problem.num_stages - stage
         for active, seconds in ((kinds.forward, self.forward), (kinds.backward, self.backward)):
@@ -130,23 +150,22 @@ class Bounds:
 
     def seconds(self) -> float:
         """Of the whole step."""
-        slowest = float(self.right[self.problem.num_stages, 0])
-        return self.with_slowest(slowest) + self._once(0, 0)
+        return self.with_slowest(float(self.right[self.problem.num_stages, 0]))
 
     def stage_seconds(self, stage: int, start: int, stop: int) -> float:
         """Of the whole step, when a virtual stage holds these layers."""
         left = float(self.left[stage, start])
         right = float(self.right[self.problem.num_stages - stage - 1, stop])
-        return self.with_slowest(max(left, float(self.busy[stage, start, stop]), right))
+        return self.with_slowest(max(left, float(self.load[stage, start, stop]), right))
 
-    def with_slowest(self, busy_s: float) -> float:
-        """Of the whole step, when the slowest stage works so long on a micro-batch."""
-        if not np.isfinite(busy_s):
-            return busy_s
-        return self._with_longest(max(busy_s, self._turn_s))
+    def with_slowest(self, load_s: float) -> float:
+        """Of the whole step, when the largest load of a stage is no less."""
+        if not np.isfinite(load_s):
+            return load_s
+        return self._with_longest(max(load_s, self._turn_s))
 
     def _with_longest(self, busy_s: float) -> float:
-        """Of the whole step, when the slowest stage works just so long on a micro-batch: a convex function of it."""
+        """Of the whole step, when the largest load of a stage is just this: a convex function of it."""
         steady, weight = self._ramp if self.problem.num_chunks == 1 else self._chunk_ramp
         spread = _cheapest_spread(weight, self.total_s, busy_s)
         return max(self.problem.num_microbatches * busy_s, steady * busy_s + spread)
@@ -184,7 +203,9 @@ class Bounds:
     def total_s(self) -> float:
         """Forward and backward seconds of all stages together, at least."""
         # Residuals weigh least in the last stage, which has the fewest micro-batches in flight.
-        priced = self.priced[-1]
+        priced, _ = _price(
+            self.problem, layer_tables(self.problem), self.problem.num_stages - 1, self.budget_bytes, once=0.0
+        )
         room = sum(float(stage.limit.max()) for stage in self.priced) / self.problem.num_chunks
         sends = sorted(cut.forward_s + cut.backward_s for cut in self.problem.cuts[1:])
         sent = sum(sends[: self.problem.num_stages - 1])
@@ -192,56 +213,21 @@ class Bounds:
 
     @cached_property
     def _ramp(self) -> tuple[float, np.ndarray]:
-        """Ticks in which every group does both; and what a second of each stage costs at least in the others.
-
-        A tick's mirror image has backward where it has forward: together they take what their slowest stage takes for
-        both, twice where it does both in both. The average over those stages is no more.
-        """
-        kinds = self.problem.kinds
-        forward = kinds.forward.copy()
-        if self.problem.recomputes:
-            # The last stage's forward is part of its backward.
-            forward[:, -1] |= kinds.backward[:, -1]
-        steady, weight = 0.0, np.zeros(self.problem.num_stages)
-        open_kinds = list(range(len(kinds.count)))
-        while open_kinds:
-            kind = open_kinds.pop(0)
-            one, other = forward[kind], kinds.backward[kind]
-            if one.all() and other.all():
-                steady += kinds.count[kind]
-                continue
-            twin = next(
-                (
-                    k
-                    for k in open_kinds
-                    if self._mirrors(forward[k], kinds.backward[k], one, other) and kinds.count[k] == kinds.count[kind]
-                ),
-                None,
-            )
-            if twin is None:
-                continue
-            open_kinds.remove(twin)
-            twice, once = one & other, one | other
-            who = twice if twice.any() else once
-            weight[who] += (2.0 if twice.any() else 1.0) * kinds.count[kind] / who.sum()
-        return steady, weight
-
-    def _mirrors(self, forward: np.ndarray, backward: np.ndarray, one: np.ndarray, other: np.ndarray) -> bool:
-        stages = slice(None, -1) if self.problem.recomputes else slice(None)
-        return bool((forward[stages] == other[stages]).all() and (backward == one).all())
+        problem = self.problem
+        return ramp(problem.kinds, recomputes=problem.recomputes)
 
     def alone_seconds(self, stage: int, start: int, stop: int) -> float:
         """Of the whole step, by this stage alone: it grows with the stage."""
-        return self.problem.num_microbatches * float(self.busy[stage, start, stop])
+        return self.problem.num_microbatches * float(self.load[stage, start, stop])
 
-    def shortest_stop(self, stage: int, start: int, busy_s: float) -> int:
-        """Where a stage must end at least, for those behind it to work no longer than `busy_s`."""
+    def shortest_stop(self, stage: int, start: int, load_s: float) -> int:
+        """Where a stage must end at least, for those behind it to have loads up to `load_s`."""
         rest = self.right[self.problem.num_stages - stage - 1]
-        fits = np.flatnonzero(rest <= busy_s)
+        fits = np.flatnonzero(rest <= load_s)
         return max(start + 1, int(fits[0])) if len(fits) else len(self.problem.layers)
 
     def longest_stage(self, upper_s: float) -> float:
-        """Forward and backward seconds of a stage in a step faster than `upper_s`, at most."""
+        """The load of a stage in a step faster than `upper_s`, at most."""
         if not np.isfinite(upper_s):
             return np.inf
         low, high = 0.0, upper_s / self.problem.num_microbatches
@@ -253,6 +239,36 @@ class Bounds:
         return high
 
 
+def ramp(kinds: TickKinds, *, recomputes: bool) -> tuple[float, np.ndarray]:
+    """Ticks in which every group does both; and what a second of each stage costs at least in the others.
+
+    A tick's mirror image has backward where it has forward: together they take what their slowest stage takes for
+    both, twice where it does both in both. The average over those stages is no more.
+
+    Args:
+        kinds: of a schedule with one stage per group.
+        recomputes: whether the last stage's forward is part of its backward.
+    """
+    forward = kinds.forward.copy()
+    if recomputes:
+        forward[:, -1] |= kinds.backward[:, -1]
+    compared = slice(None, -1) if recomputes else slice(None)
+    steady, weight = 0.0, np.zeros(forward.shape[1])
+    waiting: dict[tuple, int] = {}
+    for kind, (one, other, count) in enumerate(zip(forward, kinds.backward, kinds.count, strict=True)):
+        if one.all() and other.all():
+            steady += count
+            continue
+        twin = waiting.pop((other[compared].tobytes(), one.tobytes(), int(count)), None)
+        if twin is None:
+            waiting[one[compared].tobytes(), other.tobytes(), int(count)] = kind
+            continue
+        twice, once = one & other, one | other
+        who = twice if twice.any() else once
+        weight[who] += (2.0 if twice.any() else 1.0) * count / who.sum()
+    return steady, weight
+
+
 def _cheapest_spread(weight: np.ndarray, total: float, most: float) -> float:
     """Least of `weight @ load` over loads up to `most` each that sum to `total`."""
     cost, left = 0.0, total
@@ -262,13 +278,26 @@ def _cheapest_spread(weight: np.ndarray, total: float, most: float) -> float:
     return cost
 
 
+def layer_tables(problem: Pipeline) -> list[np.ndarray]:
+    """Per layer, its options as rows; layers alike share one table. float64[options, 6] each.
+
+    Columns: seconds forward, backward (recomputation included) and once a step; static, residual and workspace bytes.
+    """
+    made: dict[tuple[int, int], np.ndarray] = {}
+    keys = [(id(first), id(repeat)) for first, repeat in zip(problem.layers, problem.repeats, strict=True)]
+    for layer, key in enumerate(keys):
+        if key not in made:
+            made[key] = _layer_table(problem, layer)
+    return [made[key] for key in keys]
+
+
 def _layer_table(problem: Pipeline, layer: int) -> np.ndarray:
-    """A layer's options: forward, backward (recomputation included), once, static and residual bytes."""
     parts = [part for part in (problem.layers[layer], problem.repeats[layer]) if part is not None]
     rows = []
     for options in parts:
         backward = options.backward_s + (options.forward_s if problem.recomputes else 0.0)
         columns = [options.forward_s, backward, options.once_s, options.static_bytes, options.residual_bytes]
+        columns.append(options.workspace_bytes)
         rows.append(np.stack(columns, axis=1))
     return np.concatenate(rows)
 
@@ -277,8 +306,13 @@ def _running(values: list[float]) -> np.ndarray:
     return np.concatenate([[0.0], np.cumsum(values)])
 
 
-def _price(problem: Pipeline, tables: list[np.ndarray], stage: int, budget_bytes: float) -> tuple[Priced, np.ndarray]:
-    """Priced sums of one virtual stage, and the least bytes of the first layers."""
+def _price(
+    problem: Pipeline, tables: list[np.ndarray], stage: int, budget_bytes: float, *, once: float
+) -> tuple[Priced, np.ndarray]:
+    """Priced sums of one virtual stage, and the least bytes of the first layers.
+
+    `once` says how much a second counts that is spent once a step.
+    """
     limit = budget_bytes - problem.in_flight[stage] * np.array([cut.bytes for cut in problem.cuts] + [0.0])
     # Where chunks share a group, another chunk's residual may be the one that is held.
     kept = 0 if problem.recomputes and problem.num_chunks > 1 else problem.residuals_kept(stage)
@@ -286,7 +320,7 @@ def _price(problem: Pipeline, tables: list[np.ndarray], stage: int, budget_bytes
     for table in tables:
         if id(table) not in own:
             forward = table[:, 0] * (0.0 if problem.recomputes and stage == problem.num_stages - 1 else 1.0)
-            own[id(table)] = forward + table[:, 1], table[:, 3] + kept * table[:, 4]
+            own[id(table)] = forward + table[:, 1] + once * table[:, 2], table[:, 3] + kept * table[:, 4]
     price = np.concatenate([[0.0], _prices(list(own.values()))])
     cheapest = {key: (s[None] + price[:, None] * needed[None]).min(1) for key, (s, needed) in own.items()}
     total = np.stack([cheapest[id(table)] for table in tables], axis=1).cumsum(1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
 
-from galvatron_jax.cost.schedules import makespan
+from galvatron_jax.search.fronts import pareto
 from galvatron_jax.search.pipeline import Pipeline, PipelineSolution, StageOptions, evaluate
 
 _CHECKED = 12
@@ -54,7 +55,8 @@ def _change(problem: Pipeline, found: PipelineSolution, stage: int, budget_bytes
     if not len(first):
         return None
     seconds = _step_seconds(problem, found, stage, total)
-    for change in np.argsort(seconds, kind="stable")[:_CHECKED]:
+    best = np.argpartition(seconds, _CHECKED)[:_CHECKED] if len(seconds) > _CHECKED else np.arange(len(seconds))
+    for change in best[np.argsort(seconds[best], kind="stable")]:
         if seconds[change] >= found.seconds * (1 - _BETTER):
             return None
         chosen = list(found.options)
@@ -68,13 +70,34 @@ def _change(problem: Pipeline, found: PipelineSolution, stage: int, budget_bytes
 
 def _step_seconds(problem: Pipeline, found: PipelineSolution, stage: int, total: np.ndarray) -> np.ndarray:
     """Seconds of a step when one stage's seconds change. `total` is float64[changes, 4]."""
+    kinds, here = problem.kinds, found.stages[stage]
+    apart = np.arange(problem.num_stages) != stage
     forward, backward, once = (
-        np.tile([getattr(s, name) for s in found.stages], (len(total), 1))
-        for name in ("forward_s", "backward_s", "once_s")
+        np.array([getattr(s, name) for s in found.stages]) for name in ("forward_s", "backward_s", "once_s")
     )
-    for part, column in ((forward, 0), (backward, 1), (once, 2)):
-        part[:, stage] += total[:, column]
-    return np.asarray(makespan(problem.kinds, forward, backward)) + once.max(1)
+    rest = (kinds.forward * forward + kinds.backward * backward)[:, apart].max(1)
+    forward_s, backward_s = here.forward_s + total[:, 0], here.backward_s + total[:, 1]
+    seconds = np.maximum(here.once_s + total[:, 2], once[apart].max())
+    for does_forward, does_backward in itertools.product((False, True), repeat=2):
+        ticks = (kinds.forward[:, stage] == does_forward) & (kinds.backward[:, stage] == does_backward)
+        own = does_forward * forward_s + does_backward * backward_s
+        seconds += _at_least(rest[ticks], kinds.count[ticks], own)
+    return seconds
+
+
+def _at_least(rest: np.ndarray, count: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Sum of ticks that take what the other stages take, but no less than some stage's own seconds.
+
+    Args:
+        rest: seconds of the other stages. float64[kinds]
+        count: ticks of each kind. int64[kinds]
+        own: seconds of the stage, several to try. float64[changes]
+    """
+    order = np.argsort(rest)
+    ticks = np.concatenate([[0], np.cumsum(count[order])])
+    longer = np.concatenate([np.cumsum((rest * count)[order][::-1])[::-1], [0.0]])
+    place = np.searchsorted(rest[order], own)
+    return np.asarray(ticks[place] * own + longer[place])
 
 
 def _singles(problem: Pipeline, found: PipelineSolution, stage: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -96,7 +119,8 @@ def _singles(problem: Pipeline, found: PipelineSolution, stage: int) -> tuple[np
         if seen[key] > 2:
             continue
         delta = _deltas(problem, found, stage, layer, start, stop, own)
-        others = np.flatnonzero(np.arange(len(own)) != found.options[layer])
+        others = pareto(delta)
+        others = others[others != found.options[layer]]
         layers.append(np.full(len(others), layer))
         options.append(others)
         deltas.append(delta[others])

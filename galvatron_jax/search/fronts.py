@@ -91,8 +91,8 @@ class Limits:
     """What no label of a useful plan exceeds."""
 
     bytes: float
-    busy_s: float = np.inf
-    """Forward and backward seconds of one stage together, recomputation included."""
+    load_s: float = np.inf
+    """Seconds of one stage per micro-batch, its part of what is done once a step included."""
     labels: int = 150
     """Kept per layer; beyond it the front is not complete."""
 
@@ -176,13 +176,13 @@ class FrontBuilder:
         However the stage goes on, it must reach far enough for the stages behind it not to take too long.
         """
         columns, priced = labels.columns, self.bounds.priced[stage]
-        busy, needed = self._busy(columns, stage), columns[:, [RESIDENT, RESIDUAL, WORKSPACE]].sum(1)
-        far = max(stop, self.bounds.shortest_stop(stage, start, self.limits.busy_s))
+        load, needed = self._load(columns, stage), columns[:, [RESIDENT, RESIDUAL, WORKSPACE]].sum(1)
+        far = max(stop, self.bounds.shortest_stop(stage, start, self.limits.load_s))
         ahead = priced.total[:, far] - priced.total[:, stop] - priced.price * priced.limit[start]
         # Another chunk's residual may be the one that is held: it does not count for sure.
         sure = columns[:, RESIDENT] + columns[:, WORKSPACE]
-        bound = (busy[:, None] + priced.price * sure[:, None] + ahead).max(1)
-        alive = (needed <= priced.limit[start]) & (bound <= self.limits.busy_s * (1 + _ROUNDING))
+        bound = (load[:, None] + priced.price * sure[:, None] + ahead).max(1)
+        alive = (needed <= priced.limit[start]) & (bound <= self.limits.load_s * (1 + _ROUNDING))
         alive = np.flatnonzero(alive)
         labels, bound = labels.take(alive), bound[alive]
         kept = [
@@ -198,11 +198,12 @@ class FrontBuilder:
         labels = labels.take(index)
         return Labels(labels.columns, labels.classes, labels.parent, labels.option, labels.before, complete)
 
-    def _busy(self, columns: np.ndarray, stage: int) -> np.ndarray:
-        """Forward and backward seconds, recomputation included."""
+    def _load(self, columns: np.ndarray, stage: int) -> np.ndarray:
+        """Seconds per micro-batch: forward, backward, recomputation, and a part of what is done once a step."""
         problem = self.problem
         again = problem.recomputes and stage < problem.num_stages - 1
-        return (2 if again else 1) * columns[:, FORWARD] + columns[:, BACKWARD]
+        once = columns[:, ONCE] / problem.num_microbatches
+        return (2 if again else 1) * columns[:, FORWARD] + columns[:, BACKWARD] + once
 
     def _finish(self, labels: Labels, stage: int, start: int, stop: int) -> StageFront:
         problem, columns = self.problem, labels.columns.copy()

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from galvatron_jax.search.balance import balanced
 from galvatron_jax.search.bounds import Bounds
+from galvatron_jax.search.draft import draft
 from galvatron_jax.search.exchange import exchange
 from galvatron_jax.search.fronts import FrontBuilder, Limits, StageFront, pareto
 from galvatron_jax.search.pipeline import Pipeline, PipelineSolution, evaluate
@@ -26,8 +28,8 @@ TOLERANCE = 1e-12
 """Relative difference of seconds that counts as none: rounding of sums in another order."""
 _GUESSES = (1.003, 1.01, 1.03, 1.1, 1.3, 2.0)
 """Tried in turn, as multiples of the lower bound: seconds of the best plan."""
-_ROUGH_GUESSES = (1.3,)
-"""The same where the bound knows nothing of bubbles."""
+_NEIGHBOURS = 4
+"""Moved cuts whose options are exchanged, the fastest."""
 _EXACT_LABELS = 6_000
 """Of stages and beginnings together: an exact attempt that needs more gives up."""
 _SKETCHED = 200
@@ -260,45 +262,75 @@ def solve_pipeline(
         upper_s: only faster solutions count.
         deadline: of `time.monotonic()`.
     """
-    budget = budget_bytes - problem.fixed_bytes
-    if budget < 0 or problem.num_stages > len(problem.layers):
+    solver = PipelineSolver.of(problem, budget_bytes=budget_bytes, deadline=deadline)
+    if solver is None or solver.bound(upper_s) >= upper_s * (1 - TOLERANCE):
         return PipelineOutcome(None, math.inf, labels=0)
-    bounds = Bounds.of(problem, budget)
-    if bounds.seconds() >= upper_s * (1 - TOLERANCE):
-        return PipelineOutcome(None, math.inf, labels=0)
-    search = _Search(problem, budget, bounds, deadline)
-    sketched = search.sketch(upper_s)
-    found, bound = search.exact(min(upper_s, sketched.seconds) if sketched is not None else upper_s)
-    return PipelineOutcome(found or sketched, bound, search.labels)
+    sketched = solver.sketch(upper_s)
+    if sketched is not None:
+        sketched = solver.improve(sketched)
+    found, bound = solver.exact(min(upper_s, sketched.seconds) if sketched is not None else upper_s)
+    return PipelineOutcome(found or sketched, bound, solver.labels)
 
 
 @dataclass
-class _Search:
-    """Attempts at one problem."""
+class PipelineSolver:
+    """The ways to attack one problem, the cheapest first."""
 
     problem: Pipeline
     budget_bytes: float
+    """Without `Pipeline.fixed_bytes`."""
     bounds: Bounds
-    deadline: float | None
+    deadline: float | None = None
+    """Of `time.monotonic()`."""
     labels: int = 0
+    bound_s: float = 0.0
+    """No solution is faster, among those faster than what `bound` was asked about."""
+    cuts: tuple[tuple[int, ...], ...] = ()
+    """Those that gave the bound."""
+
+    @classmethod
+    def of(cls, problem: Pipeline, *, budget_bytes: int, deadline: float | None = None) -> PipelineSolver | None:
+        """A solver; None where nothing fits for sure."""
+        budget = budget_bytes - problem.fixed_bytes
+        if budget < 0 or problem.num_stages > len(problem.layers):
+            return None
+        bounds = Bounds.of(problem, budget)
+        least = bounds.seconds()
+        return cls(problem, budget, bounds, deadline, bound_s=least) if math.isfinite(least) else None
+
+    def bound(self, upper_s: float) -> float:
+        """Seconds that no solution faster than `upper_s` undercuts."""
+        if self.bound_s < upper_s:
+            found = balanced(self.problem, self.bounds, upper_s=upper_s)
+            self.bound_s, self.cuts = max(self.bound_s, found.seconds), found.starts
+        return self.bound_s
+
+    def draft(self) -> PipelineSolution | None:
+        """A solution, quickly."""
+        builder = SketchBuilder(self.problem, self.bounds, self.budget_bytes)
+        found = draft(self.problem, builder, self.cuts)
+        self.labels += builder.grown
+        return found
 
     def sketch(self, upper_s: float) -> PipelineSolution | None:
         """A good solution that is faster than `upper_s`, if one is found; not in general the optimum."""
         builder = SketchBuilder(self.problem, self.bounds, self.budget_bytes)
         for aim in self._aims(upper_s):
             best = self._attempt(aim, builder).best
-            if best is not None and self.problem.num_chunks == 1:
-                return self._better(best, builder)
             if best is not None:
                 return best
         return None
 
-    def _better(self, found: PipelineSolution, builder: SketchBuilder) -> PipelineSolution:
+    def improve(self, found: PipelineSolution) -> PipelineSolution:
         """The solution with better options, and with its cuts moved by a layer while that helps."""
+        if self.problem.num_chunks > 1:
+            return found
+        builder = SketchBuilder(self.problem, self.bounds, self.budget_bytes)
         limits = {"budget_bytes": self.budget_bytes, "deadline": self.deadline}
         found = exchange(self.problem, polish(self.problem, found, **limits), **limits)
         while True:
-            moved = [exchange(self.problem, other, **limits) for other in builder.neighbours(found)]
+            moved = sorted(builder.neighbours(found), key=lambda other: other.seconds)[:_NEIGHBOURS]
+            moved = [exchange(self.problem, other, **limits) for other in moved]
             best = min(moved, key=lambda other: other.seconds, default=found)
             if best.seconds >= found.seconds * (1 - TOLERANCE):
                 return found
@@ -310,7 +342,7 @@ class _Search:
         Returns:
             The optimum, if there is one and it was found; and the bound, infinite where nothing is left open.
         """
-        bound = self.bounds.seconds()
+        bound = self.bound_s
         for aim in self._aims(upper_s):
             limits = Limits(self.budget_bytes, self.bounds.longest_stage(aim))
             try:
@@ -326,9 +358,8 @@ class _Search:
 
     def _aims(self, upper_s: float) -> Iterator[float]:
         """Seconds to beat: a tight guess leaves little to look at, and what beats it is the best."""
-        bound = self.bounds.seconds()
-        factors = _GUESSES if self.problem.num_chunks == 1 else _ROUGH_GUESSES
-        yield from (bound * factor for factor in factors if bound * factor < upper_s)
+        bound = self.bound_s
+        yield from (bound * factor for factor in _GUESSES if bound * factor < upper_s)
         yield upper_s
 
     def _attempt(self, aim_s: float, builder: FrontBuilder | SketchBuilder) -> _Solver:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from galvatron_jax.cost.compute import Roofline
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.pipeline import Pipelining
-from galvatron_jax.search.bounds import Bounds
-from galvatron_jax.search.partition import TOLERANCE, solve_pipeline
+from galvatron_jax.search.partition import TOLERANCE, PipelineSolver
 from galvatron_jax.search.pipeline import Pipeline, PipelineSolution
 from galvatron_jax.search.problems import Effort, Progress
 from galvatron_jax.search.space import Rule, SearchSpace, batch_axes_for
 from galvatron_jax.search.stages import PipelineBuilder
 from galvatron_jax.search.tables import TableBuilder
+from galvatron_jax.search.work import Computation, Work
 from galvatron_jax.spec.plan import MeshAxis, Schedule
-from galvatron_jax.spec.profile import Provenance
 from galvatron_jax.spec.strategy import LayerStrategy
 
+_NEAR = 1.03
+"""Drafts slower than the best plan by no more than this are worth improving."""
+_IMPROVED = 6
+"""Drafts improved at most, the fastest."""
 _GROWTH = 1.25
 """From one budget to the next, where none fits the one given."""
 
@@ -87,55 +89,52 @@ def layouts_of(meshes: tuple[tuple[MeshAxis, ...], ...], space: SearchSpace) -> 
 
 def schedules_of(layout: Layout, space: SearchSpace) -> Iterator[Pipelining]:
     """The schedules to try, interleaved ones once for each number of chunks."""
+    beaten = {Schedule.GPIPE} if Schedule.ONE_F_ONE_B_STASH in space.schedules and space.applies(Rule.GPIPE) else set()
     for schedule in space.schedules:
+        if schedule in beaten:
+            continue
         chunks = space.num_chunks if schedule is Schedule.INTERLEAVED else (1,)
         yield from (Pipelining(schedule, layout.pipeline_axes, count) for count in chunks)
 
 
 @dataclass(frozen=True)
-class Work:
-    """The least computation of a step, by FLOPs at the rate of the roofline."""
+class _Cell:
+    """One layout and number of micro-batches."""
 
-    forward_s: float
-    """Of a whole step, shared out evenly over all devices."""
-    backward_s: float
+    about_s: float
+    """What a good plan of it takes, about."""
+    index: int
+    """Of the layout."""
+    count: int
+    work: Work | None
 
-    def seconds(self, pipelining: Pipelining, count: int) -> float:
-        """Seconds of a step that no plan with this schedule undercuts.
-
-        The bubble counts where an uneven load cannot make it smaller: each of the first stages that is given less
-        than its share makes the slowest stage slower, and that is paid for in every micro-batch.
-        """
-        again = self.forward_s if pipelining.recomputes else 0.0
-        busy = self.forward_s + self.backward_s + again
-        degree = pipelining.degree
-        enough = degree * sum(1 / k for k in range(1, degree)) - degree + 1
-        if pipelining.num_chunks == 1 and count >= enough:
-            return busy * (1 + (degree - 1) / count)
-        # One micro-batch passes all stages one after another.
-        return busy * max(1.0, degree / count)
+    def least_s(self, pipelining: Pipelining) -> float:
+        """Seconds that no plan of it with this schedule undercuts."""
+        return 0.0 if self.work is None else self.work.least_s(pipelining)
 
 
-def least_work(costs: CostModel, global_batch: int) -> Work | None:
-    """The least computation of a step; None where times are measured, and small shapes may be the fastest."""
-    if costs.provenance != Provenance.DERIVED:
-        return None
-    roofline, forward, backward = Roofline(costs.cluster.device), 0.0, 0.0
-    for layer in costs.model.layers:
-        kind, examples = costs.model.kinds[layer.kind], costs.model.microbatch
-        plan = costs.table.planner.plan_layer(
-            kind, LayerStrategy(), mesh={}, microbatch=examples, model_microbatch=examples
-        )
-        rate = roofline.peak(kind) * roofline.efficiency * examples / global_batch
-        forward += plan.forward.flops / rate
-        backward += plan.backward.flops / rate
-    count = costs.cluster.num_devices
-    return Work(forward / count, backward / count)
+@dataclass(frozen=True)
+class _Drafted:
+    """A problem that may hold the best plan."""
+
+    problem: PipelineProblem
+    bound_s: float
+    solution: PipelineSolution | None
+    """A good one."""
+
+    @property
+    def seconds(self) -> float:
+        """Of the solution."""
+        return math.inf if self.solution is None else self.solution.seconds
 
 
 @dataclass
 class PipelineSearch:
-    """Solves the pipelines of a search, the most promising layout and number of micro-batches first."""
+    """Solves the pipelines of a search, in three rounds.
+
+    First every problem that its bound does not settle is drafted, the most promising layout and number of
+    micro-batches first; then the best drafts are improved; then what is still open is solved exactly, if it can be.
+    """
 
     global_batch: int
     memory_bytes: int
@@ -143,84 +142,122 @@ class PipelineSearch:
     effort: Effort
     deadline: float | None = None
     progress: Progress | None = None
+    _upper_s: float = math.inf
+    _found: list[PipelineBest] = field(default_factory=list)
 
     def run(self, models: Sequence[tuple[Layout, CostModel]], upper_s: float) -> list[PipelineBest]:
         """Ever faster solutions that fit and beat `upper_s`; the last is the best.
 
         What is not proven is noted as the least bound that is still open.
         """
-        counts = self.space.microbatch_counts(self.global_batch)
-        work = least_work(models[0][1], self.global_batch) if models else None
-        if not self.space.applies(Rule.WORK):
-            work = None
+        self._upper_s = upper_s
         builders = [PipelineBuilder(TableBuilder(costs, self.space, self.effort.pruned)) for _, costs in models]
-        cells = [
-            (self._bound(layout, count, work), index, count)
-            for index, (layout, _) in enumerate(models)
-            for count in counts
-        ]
-        found: list[PipelineBest] = []
-        for step, (bound, index, count) in enumerate(sorted(cells)):
-            layout = models[index][0]
-            if bound >= upper_s * (1 - TOLERANCE):
-                self.effort.pruned[Rule.WORK] += len(cells) - step
-                break
-            if self.deadline is not None and time.monotonic() > self.deadline:
-                self.effort.leave_open(bound)
-                break
-            if self.progress is not None:
-                self.progress(step, len(cells), f"planning {layout.degree} stages with {count} micro-batches")
-            better = self._cell(builders[index], layout, count, work, upper_s)
-            if better:
-                found += better
-                upper_s = better[-1].solution.seconds
+        cells, drafted = self._cells(models), []
+        for step, cell in enumerate(cells):
+            layout = models[cell.index][0]
+            pipelinings = self._pipelinings(layout, cell, len(models[cell.index][1].model.layers))
+            if self._late():
+                self.effort.leave_open(min(map(cell.least_s, pipelinings), default=math.inf))
+                continue
+            if self.progress is not None and pipelinings:
+                self.progress(step, len(cells), f"planning {layout.degree} stages with {cell.count} micro-batches")
+            drafted += self._draft(self._problems(builders[cell.index], layout, cell.count, pipelinings))
+        self._close(self._improve(drafted))
         self._count(builders)
+        return self._found
+
+    def _cells(self, models: Sequence[tuple[Layout, CostModel]]) -> list[_Cell]:
+        """The most promising first."""
+        counts, found = self.space.microbatch_counts(self.global_batch), []
+        computation = Computation.of(models[0][1], self.space, self.global_batch) if models else None
+        if not self.space.applies(Rule.WORK):
+            computation = None
+        for index, (layout, _) in enumerate(models):
+            for count in counts:
+                work = computation.work(layout.stage_axes, count) if computation else None
+                found.append(_Cell(work.even_s(layout.degree) if work else 0.0, index, count, work))
+        return sorted(found, key=lambda cell: (cell.about_s, cell.index, cell.count))
+
+    def _pipelinings(self, layout: Layout, cell: _Cell, layers: int) -> list[Pipelining]:
+        """The schedules of a cell that may hold the best plan."""
+        every = [one for one in schedules_of(layout, self.space) if one.num_stages <= layers]
+        found = [one for one in every if self._promising(cell.least_s(one))]
+        self.effort.pruned[Rule.WORK] += len(every) - len(found)
         return found
 
-    def _bound(self, layout: Layout, count: int, work: Work | None) -> float:
-        return min((work.seconds(p, count) if work else 0.0 for p in schedules_of(layout, self.space)), default=0.0)
+    def _promising(self, bound_s: float) -> bool:
+        return bound_s < self._upper_s * (1 - TOLERANCE)
 
-    def _cell(
-        self, builder: PipelineBuilder, layout: Layout, count: int, work: Work | None, upper_s: float
-    ) -> list[PipelineBest]:
-        """All schedules and batch layouts of one layout and number of micro-batches."""
-        layers = len(builder.tables.costs.model.layers)
-        problems = []
-        for pipelining in schedules_of(layout, self.space):
-            if pipelining.num_stages > layers:
-                continue
-            if work is not None and work.seconds(pipelining, count) >= upper_s * (1 - TOLERANCE):
-                self.effort.pruned[Rule.WORK] += 1
-                continue
-            for axes in batch_axes_for(layout.stage_axes, self.global_batch // count):
-                problems += self._problems(builder, pipelining, Batching(self.global_batch, count, axes))
-        self.effort.problems += len(problems)
-        return self._solve(sorted(problems, key=lambda problem: problem.bound_s), upper_s)
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def _offer(self, problem: PipelineProblem, solution: PipelineSolution | None) -> None:
+        if solution is not None and solution.seconds < self._upper_s:
+            self._upper_s = solution.seconds
+            self._found.append(PipelineBest(problem, solution))
+
+    # ------------------------------------------------------------------------------------------ rounds
 
     def _problems(
-        self, builder: PipelineBuilder, pipelining: Pipelining, batching: Batching
-    ) -> Iterator[PipelineProblem]:
-        for pipeline in builder.build(pipelining, batching):
-            room = self.memory_bytes - pipeline.fixed_bytes
-            bound = Bounds.of(pipeline, room).seconds() if room > 0 else math.inf
-            if math.isfinite(bound):
-                yield PipelineProblem(builder, pipelining, batching, pipeline, bound)
+        self, builder: PipelineBuilder, layout: Layout, count: int, pipelinings: list[Pipelining]
+    ) -> list[PipelineProblem]:
+        """Some schedules with all batch layouts, the lowest bound first."""
+        found = []
+        for pipelining in pipelinings:
+            for axes in batch_axes_for(layout.stage_axes, self.global_batch // count):
+                batching = Batching(self.global_batch, count, axes)
+                for pipeline in builder.build(pipelining, batching):
+                    solver = self._solver(pipeline)
+                    if solver is not None:
+                        found.append(PipelineProblem(builder, pipelining, batching, pipeline, solver.bound_s))
+        self.effort.problems += len(found)
+        return sorted(found, key=lambda problem: problem.bound_s)
 
-    def _solve(self, problems: list[PipelineProblem], upper_s: float) -> list[PipelineBest]:
-        found: list[PipelineBest] = []
+    def _solver(self, pipeline: Pipeline) -> PipelineSolver | None:
+        return PipelineSolver.of(pipeline, budget_bytes=self.memory_bytes, deadline=self.deadline)
+
+    def _draft(self, problems: list[PipelineProblem]) -> Iterator[_Drafted]:
         for problem in problems:
-            if problem.bound_s >= upper_s * (1 - TOLERANCE):
-                break
-            outcome = solve_pipeline(
-                problem.pipeline, budget_bytes=self.memory_bytes, upper_s=upper_s, deadline=self.deadline
-            )
+            solver = self._solver(problem.pipeline) if self._promising(problem.bound_s) else None
+            if solver is None:
+                continue
             self.effort.solved += 1
-            self.effort.labels += outcome.labels
-            self.effort.leave_open(outcome.bound_s)
-            if outcome.solution is not None:
-                upper_s = outcome.solution.seconds
-                found.append(PipelineBest(problem, outcome.solution))
-        return found
+            bound = solver.bound(self._upper_s)
+            if not self._promising(bound):
+                continue
+            solution = None if self._late() else solver.draft()
+            self.effort.labels += solver.labels
+            self._offer(problem, solution)
+            yield _Drafted(problem, bound, solution)
+
+    def _improve(self, drafted: list[_Drafted]) -> list[_Drafted]:
+        """Improves the fastest drafts. Returns all."""
+        fastest = sorted(drafted, key=lambda one: one.seconds)
+        for one in fastest[:_IMPROVED]:
+            if one.seconds > self._upper_s * _NEAR or not self._promising(one.bound_s) or self._late():
+                continue
+            solver = self._solver(one.problem.pipeline)
+            if solver is not None and one.solution is not None:
+                self._offer(one.problem, solver.improve(one.solution))
+                self._offer(one.problem, solver.sketch(self._upper_s))
+        return drafted
+
+    def _close(self, drafted: list[_Drafted]) -> None:
+        """Solves exactly what is still open, the lowest bound first."""
+        for one in sorted(drafted, key=lambda one: one.bound_s):
+            if not self._promising(one.bound_s):
+                break
+            solver = self._solver(one.problem.pipeline)
+            if solver is None:
+                continue
+            bound = solver.bound(self._upper_s)
+            if not self._promising(bound):
+                continue
+            if not self._late():
+                solution, bound = solver.exact(self._upper_s)
+                self._offer(one.problem, solution)
+            self.effort.labels += solver.labels
+            self.effort.leave_open(bound)
 
     def _count(self, builders: Sequence[PipelineBuilder]) -> None:
         for builder in builders:

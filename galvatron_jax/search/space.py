@@ -31,6 +31,8 @@ class Rule(StrEnum):
     """The layer has no parameters, so every ZeRO stage is the same."""
     DOMINATED = "dominated"
     """Another strategy with the same layouts at its boundary is no slower and needs no more memory."""
+    GPIPE = "gpipe"
+    """1F1B that stashes residuals is no slower than GPipe and holds no more, whatever the stages."""
     WORK = "work"
     """The computation of a step, shared out evenly, and the schedule's bubble take longer than the best plan known."""
     TP_ACROSS_NODES = "tp-across-nodes"
@@ -108,15 +110,7 @@ class SearchSpace:
             microbatch: examples of one micro-batch over all devices; dp must divide it.
             pruned: counts what each rule removes.
         """
-        divided = [
-            axes
-            for axes in self._splits(mesh)
-            if microbatch % _degree(axes[0], mesh) == 0
-            and (self.tensor_degrees is None or _degree(axes[1], mesh) in self.tensor_degrees)
-        ]
-        kept = [axes for axes in divided if self._admits(axes, kind, mesh, pruned)]
-        if not kept:
-            kept = [_idle(mesh, microbatch)]
+        kept = self._admitted(kind, mesh, microbatch, pruned)
         return tuple(
             LayerStrategy(dp=dp, tp=tp, sp=sp, sp_kind=sp_kind, zero=zero, remat=remat)
             for remat in self.remat
@@ -125,6 +119,22 @@ class SearchSpace:
             if self._admits_zero(zero, dp + (sp if sp_kind is SequenceParallel.ULYSSES else ()))
             and self._worth_zero(zero, kind, pruned)
         )
+
+    def most_devices(self, kind: LayerKind, *, mesh: tuple[MeshAxis, ...], microbatch: int) -> int:
+        """The most devices that any strategy of a layer kind shares its work out to; others repeat it."""
+        kept = self._admitted(kind, mesh, microbatch, Counter())
+        return max(_degree((*dp, *tp, *sp), mesh) for dp, tp, sp, _ in kept)
+
+    def _admitted(
+        self, kind: LayerKind, mesh: tuple[MeshAxis, ...], microbatch: int, pruned: Counter[str]
+    ) -> list[_Axes]:
+        divided = [
+            axes
+            for axes in self._splits(mesh)
+            if microbatch % _degree(axes[0], mesh) == 0
+            and (self.tensor_degrees is None or _degree(axes[1], mesh) in self.tensor_degrees)
+        ]
+        return [axes for axes in divided if self._admits(axes, kind, mesh, pruned)] or [_idle(mesh, microbatch)]
 
     def _splits(self, mesh: tuple[MeshAxis, ...]) -> Iterator[_Axes]:
         names = tuple(axis.name for axis in mesh)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galvatron_jax.cost.schedules import make_table, simulate
+from galvatron_jax.search.balance import balanced
 from galvatron_jax.search.bounds import Bounds
 from galvatron_jax.search.oracle import brute_force_pipeline
 from galvatron_jax.search.partition import solve_pipeline
@@ -119,6 +120,18 @@ def test_no_plan_is_faster_than_its_bounds(seed: int) -> None:
             assert bounds.busy[stage, start, stop] <= busy * (1 + 1e-9)
             assert bounds.stage_seconds(stage, start, stop) <= above
             assert busy <= bounds.longest_stage(above) * (1 + 1e-6)
+
+
+@settings(max_examples=600, deadline=None, derandomize=True, database=None)
+@given(SEEDS)
+def test_no_plan_is_faster_than_its_stages_weighed(seed: int) -> None:
+    problem, budget = random_pipeline(seed)
+    best = brute_force_pipeline(problem, budget_bytes=budget)
+    if best is None:
+        return
+    bounds = Bounds.of(problem, budget - problem.fixed_bytes)
+    for above in (1 + 1e-9, 1.2, math.inf):
+        assert balanced(problem, bounds, upper_s=best.seconds * above).seconds <= best.seconds * (1 + 1e-9)
 
 
 def test_fewer_layers_than_stages_have_no_solution() -> None:

@@ -1,0 +1,112 @@
+"""What a step computes at least, before anything is planned: FLOPs at the rate of the roofline, and the bubble."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from scipy.optimize import linprog
+from scipy.sparse import csr_array
+
+from galvatron_jax.cost.compute import Roofline
+from galvatron_jax.cost.model import CostModel
+from galvatron_jax.cost.pipeline import Pipelining
+from galvatron_jax.cost.schedules import recomputes, tick_kinds
+from galvatron_jax.search.space import SearchSpace
+from galvatron_jax.spec.model import ModelSpec
+from galvatron_jax.spec.plan import MeshAxis, Schedule
+from galvatron_jax.spec.profile import Provenance
+from galvatron_jax.spec.strategy import LayerStrategy
+
+_ROUNDING = 1e-6
+_DIGITS = 7
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least computation of a step with one number of groups and of micro-batches."""
+
+    forward_s: float
+    """Of a micro-batch, on the devices of one group."""
+    backward_s: float
+    count: int
+    """Micro-batches."""
+
+    def even_s(self, degree: int) -> float:
+        """Seconds of a step whose stages are alike: about what a good plan takes."""
+        return (self.forward_s + self.backward_s) / degree * (self.count + degree - 1)
+
+    def least_s(self, pipelining: Pipelining) -> float:
+        """Seconds of a step that no plan with this schedule undercuts."""
+        both = self.forward_s + self.backward_s
+        share = round(self.forward_s / both, _DIGITS) if both else 0.0
+        least = _least_makespan(pipelining.schedule, pipelining.degree, self.count, pipelining.num_chunks, share)
+        return both * least * (1 - _ROUNDING)
+
+
+@dataclass(frozen=True)
+class Computation:
+    """What a model computes."""
+
+    model: ModelSpec
+    space: SearchSpace
+    global_batch: int
+    one_device_s: dict[int, tuple[float, float]]
+    """Seconds of a whole step forward and backward on one device, per layer kind."""
+
+    @classmethod
+    def of(cls, costs: CostModel, space: SearchSpace, global_batch: int) -> Computation | None:
+        """The computation; None where times are measured, and small shapes may be the fastest."""
+        if costs.provenance != Provenance.DERIVED:
+            return None
+        model, roofline, found = costs.model, Roofline(costs.cluster.device), {}
+        for index in {layer.kind for layer in model.layers}:
+            kind, examples = model.kinds[index], model.microbatch
+            plan = costs.table.planner.plan_layer(
+                kind, LayerStrategy(), mesh={}, microbatch=examples, model_microbatch=examples
+            )
+            rate = roofline.peak(kind) * roofline.efficiency * examples / global_batch
+            found[index] = plan.forward.flops / rate, plan.backward.flops / rate
+        return cls(model, space, global_batch, found)
+
+    def work(self, stage_axes: tuple[MeshAxis, ...], count: int) -> Work:
+        """The work of one micro-batch of `count`, which may be too small to be shared out over all devices."""
+        parts = {}
+        for index, seconds in self.one_device_s.items():
+            kind, microbatch = self.model.kinds[index], self.global_batch // count
+            devices = self.space.most_devices(kind, mesh=stage_axes, microbatch=microbatch)
+            parts[index] = [part / (devices * count) for part in seconds]
+        forward, backward = (math.fsum(parts[layer.kind][part] for layer in self.model.layers) for part in range(2))
+        return Work(forward, backward, count)
+
+
+@lru_cache(maxsize=4096)
+def _least_makespan(schedule: Schedule, degree: int, count: int, chunks: int, share: float) -> float:
+    """Seconds of a step when a micro-batch takes one second, shared out over the stages as it is best.
+
+    A linear program over the stages' parts; forward takes `share` of the second.
+    """
+    if schedule is Schedule.ONE_F_ONE_B_STASH and count > 2 * degree:
+        # Even parts are the best: every tick and its mirror image can be charged to stages such that all are charged
+        # alike (the first forwards to the stage they have reached, the last to the one they have left).
+        return (count + degree - 1) / degree
+    kinds = tick_kinds(schedule, num_stages=degree, num_microbatches=count, num_chunks=chunks)
+    again = share if recomputes(schedule) else 0.0
+    tick, stage = np.nonzero(kinds.forward | kinds.backward)
+    seconds = (share * kinds.forward + (1 - share + again) * kinds.backward)[tick, stage]
+    ticks, stages = kinds.forward.shape
+    row = tick * degree + stage % degree
+    every = np.arange(ticks * degree)
+    rows = csr_array(
+        (
+            np.concatenate([-np.ones(len(every)), seconds]),
+            (np.concatenate([every, row]), np.concatenate([every // degree, ticks + stage])),
+        ),
+        shape=(len(every), ticks + stages),
+    )
+    whole = np.concatenate([np.zeros(ticks), np.ones(stages)])[None]
+    objective = np.concatenate([kinds.count, np.zeros(stages)])
+    found = linprog(objective, A_ub=rows, b_ub=np.zeros(len(every)), A_eq=whole, b_eq=np.ones(1))
+    return float(found.fun) if found.status == 0 else 0.0
