@@ -7,9 +7,11 @@ Minimise the sum of seconds (of options, and of moves between neighbours' bounda
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from galvatron_jax.search.walks import Walks
 from galvatron_jax.spec.strategy import LayerStrategy
 
 
@@ -31,6 +33,11 @@ class Options:
     admitted: np.ndarray
     """Which options each variant of tied parameters allows. bool[variants, options]"""
 
+    @cached_property
+    def by_class(self) -> tuple[np.ndarray, ...]:
+        """Per boundary class, its options. int64[options of the class] each."""
+        return tuple(np.flatnonzero(self.boundary == label) for label in range(self.num_classes))
+
 
 @dataclass(frozen=True, eq=False)
 class Chain:
@@ -45,6 +52,11 @@ class Chain:
     def num_variants(self) -> int:
         """Joint choices of layouts for tied parameters."""
         return self.layers[0].admitted.shape[0]
+
+    @cached_property
+    def walks(self) -> Walks:
+        """What sums along choices are made of."""
+        return Walks.through(self)
 
 
 @dataclass(frozen=True)

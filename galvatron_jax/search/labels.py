@@ -89,11 +89,13 @@ def close_gap(
     """
     objectives = ((1.0, multiplier), (1.0, 0.0), (0.0, 1.0))
     tails = [_tails(chain, case, seconds_weight=weight, price=price) for weight, price in objectives]
+    members = {id(layer): _Members.of(layer, case) for layer in {id(each): each for each in chain.layers}.values()}
     best, fronts, complete, total = _Best(upper_s), [], True, 0
     for index, layer in enumerate(chain.layers):
-        front = _extend(layer, case, chain.moves[index - 1] if index else None, fronts[-1] if fronts else None)
+        moves, before = chain.moves[index - 1] if index else None, fronts[-1] if fronts else None
+        front = _extend(members[id(layer)], moves, before)
         front = _prune(front, tails, index, limit_bytes, multiplier, best.upper_s)
-        front = _pareto(front)
+        front = front.take(_pareto_index(front.seconds, front.resident, front.label))
         if len(front.seconds) > _MAX_FRONT:
             keep = np.argpartition(front.seconds + multiplier * front.resident, _MAX_FRONT)[:_MAX_FRONT]
             front, complete = front.take(keep), False
@@ -132,36 +134,51 @@ def _tails(chain: Chain, case: Cases, *, seconds_weight: float, price: float) ->
     return _Tails(cost, seconds, resident, option)
 
 
-def _extend(layer: Options, case: Cases, moves: np.ndarray | None, front: _Front | None) -> _Front:
-    allowed = np.flatnonzero(allowed_options(layer, case)[0])
+@dataclass(frozen=True, eq=False)
+class _Members:
+    """The options of a layer by the class that they end in."""
+
+    option: np.ndarray
+    """Class after class."""
+    seconds: np.ndarray
+    resident: np.ndarray
+    classes: np.ndarray
+    """Classes with options, ascending."""
+    start: np.ndarray
+    """Per class with options, where these begin."""
+    count: np.ndarray
+
+    @classmethod
+    def of(cls, layer: Options, case: Cases) -> _Members:
+        allowed = np.flatnonzero(allowed_options(layer, case)[0])
+        option = allowed[np.argsort(layer.boundary[allowed], kind="stable")]
+        classes, start, count = np.unique(layer.boundary[option], return_index=True, return_counts=True)
+        return cls(option, layer.seconds[option], layer.resident_bytes[option], classes, start, count)
+
+
+def _extend(members: _Members, moves: np.ndarray | None, front: _Front | None) -> _Front:
+    """Every option of a layer behind every label that is worth extending to the option's class."""
     if front is None or moves is None:
-        root = np.full(len(allowed), -1)
-        return _Front(layer.seconds[allowed], layer.resident_bytes[allowed], layer.boundary[allowed], root, allowed)
-    pieces = []
-    for label in np.unique(layer.boundary[allowed]):
-        members = allowed[layer.boundary[allowed] == label]
-        arrival = front.seconds + moves[front.label, label]
-        alive = _pareto_index(arrival, front.resident)
-        shape = (len(alive), len(members))
-        pieces.append(
-            _Front(
-                (arrival[alive][:, None] + layer.seconds[members][None]).ravel(),
-                (front.resident[alive][:, None] + layer.resident_bytes[members][None]).ravel(),
-                np.full(shape[0] * shape[1], label),
-                np.broadcast_to(alive[:, None], shape).ravel(),
-                np.broadcast_to(members[None], shape).ravel(),
-            )
-        )
-    return _join(pieces)
-
-
-def _join(pieces: list[_Front]) -> _Front:
+        label = members.classes.repeat(members.count)
+        return _Front(members.seconds, members.resident, label, np.full(len(label), -1), members.option)
+    arrival = (front.seconds[:, None] + moves[front.label][:, members.classes]).T
+    shape = arrival.shape
+    group = np.broadcast_to(np.arange(shape[0])[:, None], shape).ravel()
+    resident = np.broadcast_to(front.resident, shape).ravel()
+    arrival = arrival.ravel()
+    alive = _pareto_index(arrival, resident, group)
+    here = group[alive]
+    count = members.count[here]
+    # Each label that goes on, once for every option of the class it goes on to.
+    pair = np.arange(len(alive)).repeat(count)
+    option = np.arange(len(pair)) - (np.cumsum(count) - count - members.start[here])[pair]
+    source = alive[pair]
     return _Front(
-        np.concatenate([piece.seconds for piece in pieces]),
-        np.concatenate([piece.resident for piece in pieces]),
-        np.concatenate([piece.label for piece in pieces]),
-        np.concatenate([piece.parent for piece in pieces]),
-        np.concatenate([piece.option for piece in pieces]),
+        arrival[source] + members.seconds[option],
+        resident[source] + members.resident[option],
+        members.classes[here[pair]],
+        source % shape[1],
+        members.option[option],
     )
 
 
@@ -174,20 +191,19 @@ def _prune(front: _Front, tails: list[_Tails], index: int, limit: int, multiplie
     return front.take(np.flatnonzero(alive))
 
 
-def _pareto(front: _Front) -> _Front:
-    """Per class, drops labels that another one beats in both seconds and bytes."""
-    kept = []
-    for label in np.unique(front.label):
-        members = np.flatnonzero(front.label == label)
-        kept.append(members[_pareto_index(front.seconds[members], front.resident[members])])
-    return front.take(np.concatenate(kept)) if kept else front
-
-
-def _pareto_index(seconds: np.ndarray, resident: np.ndarray) -> np.ndarray:
-    order = np.lexsort((seconds, resident))
-    ordered = seconds[order]
-    keep = np.ones(len(order), bool)
-    keep[1:] = ordered[1:] < np.minimum.accumulate(ordered)[:-1] * (1 - _ROUNDING)
+def _pareto_index(seconds: np.ndarray, resident: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """What nothing in the same group beats in both seconds and bytes; in order of group and bytes."""
+    count = len(seconds)
+    order = np.lexsort((seconds, resident, group))
+    ordered, group = seconds[order], group[order]
+    ranking = np.argsort(ordered, kind="stable")
+    rank = np.empty(count, np.int64)
+    rank[ranking] = np.arange(count)
+    # Groups ascend: less `count` for each, the least rank so far is the one of the group at hand.
+    least = np.minimum.accumulate(rank - group * count) + group * count
+    keep = np.ones(count, bool)
+    fastest = ordered[ranking[least[:-1]]]
+    keep[1:] = (ordered[1:] < fastest * (1 - _ROUNDING)) | (group[1:] != group[:-1])
     return order[keep]
 
 

@@ -215,27 +215,10 @@ def _mix(state: _State, left: Paths, right: Paths, limit: np.ndarray) -> None:
 
 def _crossings(chain: Chain, one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Seconds and resident bytes of `one[:cut] + other[cut:]` for every cut. [cases, layers + 1]."""
-    head_s, head_bytes = _running(chain, one)
-    tail_s, tail_bytes = _running(chain, other)
+    walks = chain.walks
+    head_s, head_bytes = walks.running(one)
+    tail_s, tail_bytes = walks.running(other)
     seconds = head_s + tail_s[:, -1:] - tail_s
-    for cut in range(1, len(chain.layers)):
-        moves = chain.moves[cut - 1]
-        before, after = chain.layers[cut - 1].boundary, chain.layers[cut].boundary
-        seconds[:, cut] += moves[before[one[:, cut - 1]], after[other[:, cut]]]
-        seconds[:, cut] -= moves[before[other[:, cut - 1]], after[other[:, cut]]]
+    seconds[:, 1:-1] += walks.moving(one, other)
+    seconds[:, 1:-1] -= walks.moving(other, other)
     return seconds, head_bytes + tail_bytes[:, -1:] - tail_bytes
-
-
-def _running(chain: Chain, options: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds (the move into each layer included) and bytes of the first layers. [cases, layers + 1]."""
-    seconds = np.zeros((len(options), len(chain.layers) + 1))
-    resident = np.zeros(seconds.shape, np.int64)
-    for index, layer in enumerate(chain.layers):
-        here = options[:, index]
-        step = layer.seconds[here]
-        if index:
-            before = chain.layers[index - 1].boundary[options[:, index - 1]]
-            step = step + chain.moves[index - 1][before, layer.boundary[here]]
-        seconds[:, index + 1] = seconds[:, index] + step
-        resident[:, index + 1] = resident[:, index] + layer.resident_bytes[here]
-    return seconds, resident

@@ -75,10 +75,9 @@ def best_per_class(layer: Options, cost: np.ndarray) -> tuple[np.ndarray, np.nda
     best = np.full((len(cost), count), np.inf)
     option = np.zeros((len(cost), count), np.int64)
     rows = np.arange(len(cost))
-    for label in range(count):
-        members = np.flatnonzero(layer.boundary == label)
+    for label, members in enumerate(layer.by_class):
         if len(members):
-            pick = np.argmin(cost[:, members], axis=1)
+            pick = cost[:, members].argmin(axis=1)
             option[:, label] = members[pick]
             best[:, label] = cost[rows, members[pick]]
     return best, option
@@ -92,14 +91,14 @@ def shortest_paths(chain: Chain, cases: Cases, *, multiplier: np.ndarray | float
         if id(layer) not in tables:
             cost = seconds_weight * layer.seconds[None] + price[:, None] * layer.resident_bytes[None]
             tables[id(layer)] = best_per_class(layer, np.where(allowed_options(layer, cases), cost, np.inf))
+    moves = {id(table): seconds_weight * table for table in chain.moves}
     value = tables[id(chain.layers[0])][0]
     sources = []
-    for layer, moves in zip(chain.layers[1:], chain.moves, strict=True):
-        arrival = value[:, :, None] + seconds_weight * moves[None]
-        source = np.argmin(arrival, axis=1)
-        sources.append(source)
-        value = np.take_along_axis(arrival, source[:, None], axis=1)[:, 0] + tables[id(layer)][0]
-    options = _trace_back(chain, tables, sources, np.argmin(value, axis=1))
+    for layer, table in zip(chain.layers[1:], chain.moves, strict=True):
+        arrival = value[:, :, None] + moves[id(table)]
+        sources.append(arrival.argmin(axis=1))
+        value = arrival.min(axis=1) + tables[id(layer)][0]
+    options = _trace_back(chain, tables, sources, value.argmin(axis=1))
     return _sum_up(chain, options, value.min(axis=1))
 
 
@@ -114,11 +113,5 @@ def _trace_back(chain: Chain, tables: dict, sources: list[np.ndarray], last: np.
 
 
 def _sum_up(chain: Chain, options: np.ndarray, cost: np.ndarray) -> Paths:
-    seconds, resident = np.zeros(len(options)), np.zeros(len(options), np.int64)
-    for index, layer in enumerate(chain.layers):
-        seconds += layer.seconds[options[:, index]]
-        resident += layer.resident_bytes[options[:, index]]
-        if index:
-            before = chain.layers[index - 1].boundary[options[:, index - 1]]
-            seconds += chain.moves[index - 1][before, layer.boundary[options[:, index]]]
-    return Paths(options, cost, np.where(np.isfinite(cost), seconds, np.inf), resident)
+    seconds, resident = chain.walks.running(options)
+    return Paths(options, cost, np.where(np.isfinite(cost), seconds[:, -1], np.inf), resident[:, -1])
