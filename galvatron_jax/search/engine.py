@@ -13,6 +13,7 @@ from galvatron_jax.cost.model import CostModel
 from galvatron_jax.cost.planner import Planner, default_planner
 from galvatron_jax.errors import InfeasibleError, InputError
 from galvatron_jax.search.assemble import make_pipeline_plan, make_plan
+from galvatron_jax.search.collection import collection_paused
 from galvatron_jax.search.explain import RunnerUp, SearchResult, SearchStatistics
 from galvatron_jax.search.families import FAMILIES
 from galvatron_jax.search.infeasible import nothing_fits
@@ -83,17 +84,22 @@ def search(
         progress=progress,
         planner=planner or default_planner(),
     )
-    started = time.monotonic()
+    with collection_paused():
+        return _search(request, runners_up=runners_up)
+
+
+def _search(request: _Request, *, runners_up: bool) -> SearchResult:
+    space, started = request.space, time.monotonic()
     found = _attempt(request)
     if not found.agrees:
-        # The line through planned micro-batches misled: plan every one.
+        # Planned together, layers cost something else than each planned alone: plan each alone.
         exact = replace(space, disabled_rules=space.disabled_rules | {Rule.AFFINE_IN_MICROBATCH})
         found = _attempt(replace(request, space=exact))
     if found.best is None:
         raise nothing_fits(found.nearest, found.plan, memory_bytes=request.budget_bytes, space=space)
     statistics = _statistics(found, time.monotonic() - started)
     others = _runners_up(found, memory_bytes=request.budget_bytes) if runners_up else ()
-    return SearchResult(found.plan, cluster.name, others, statistics)
+    return SearchResult(found.plan, request.cluster.name, others, statistics)
 
 
 def search_batches(
