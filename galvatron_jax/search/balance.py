@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from galvatron_jax.search.bounds import Bounds, layer_tables
+from galvatron_jax.search.bounds import Bounds, LayerTables
 from galvatron_jax.search.pipeline import Pipeline
 
 _ROUNDS = 16
@@ -61,10 +61,7 @@ class _Stages:
     """The stages of a problem that a step faster than `upper_s` may have."""
 
     problem: Pipeline
-    tables: tuple[np.ndarray, ...]
-    """Distinct ones."""
-    kind: np.ndarray
-    """Table of each layer. int64[layers]"""
+    layers: LayerTables
     limit: np.ndarray
     """Bytes for a stage's layers, by its first one. float64[stages, layers + 1]"""
     price: np.ndarray
@@ -79,9 +76,6 @@ class _Stages:
     @classmethod
     def of(cls, problem: Pipeline, bounds: Bounds, upper_s: float) -> _Stages | None:
         """The stages; None where there is no way to cut."""
-        every = layer_tables(problem)
-        number = {id(table): index for index, table in enumerate({id(table): table for table in every}.values())}
-        tables = tuple({id(table): table for table in every}.values())
         slowest = np.maximum(bounds.left[:-1, :, None], bounds.load)
         slowest = np.maximum(slowest, bounds.right[-2::-1, None, :])
         wide = slowest <= bounds.longest_stage(upper_s) * (1 + _ROUNDING)
@@ -94,8 +88,7 @@ class _Stages:
         cuts = problem.cuts
         return cls(
             problem,
-            tables,
-            np.array([number[id(table)] for table in every]),
+            LayerTables.of(problem),
             np.stack([priced.limit for priced in bounds.priced]) - bounds.budget_bytes * (1 - 1 / problem.num_chunks),
             _best_prices(problem, bounds),
             wide[:, first, np.arange(wide.shape[1])[:, None]] & (begin >= 0),
@@ -129,7 +122,7 @@ class _Stages:
         """Weighted seconds of every stage, by end and length; and what was chosen for them."""
         kept = np.array([self._kept(stage) for stage in range(len(weight))])
         least, least_first, chosen, chosen_first = [], [], [], []
-        for table in self.tables:
+        for table in self.layers.tables:
             seconds = weight @ table[:, : ONCE + 1].T
             resident = table[:, STATIC] + kept[:, None] * table[:, RESIDUAL]
             cost = seconds[:, None] + price[..., None] * resident[:, None]
@@ -138,8 +131,8 @@ class _Stages:
             for every, values, picks in ((cost, least, chosen), (with_workspace, least_first, chosen_first)):
                 picks.append(every.argmin(-1))
                 values.append(np.take_along_axis(every, picks[-1][..., None], -1)[..., 0])
-        layers = np.stack(least, axis=-1)[..., self.kind]
-        extra = np.stack(least_first, axis=-1)[..., self.kind] - layers
+        layers = np.stack(least, axis=-1)[..., self.layers.kind]
+        extra = np.stack(least_first, axis=-1)[..., self.layers.kind] - layers
         total = np.concatenate([np.zeros((*price.shape, 1)), layers.cumsum(-1)], axis=-1)
         begin = np.concatenate([extra, np.zeros((*price.shape, 1))], axis=-1) - total
         begin -= price[..., None] * self.limit[:, None]
@@ -156,14 +149,14 @@ class _Stages:
 
     def _trace(self, seconds: float, lengths: list[np.ndarray], choice: tuple[np.ndarray, ...]) -> _Relaxed:
         best, chosen, chosen_first = choice
-        stop, sums, starts = len(self.kind), np.zeros((len(lengths), 3)), []
+        stop, sums, starts = len(self.layers.kind), np.zeros((len(lengths), 3)), []
         for stage in range(len(lengths) - 1, -1, -1):
             length = int(lengths[stage][stop])
             start, price = int(self.first[stop, length]), int(best[stage, stop, length])
             for layer in range(start, stop):
-                kind = self.kind[layer]
+                kind = self.layers.kind[layer]
                 pick = (chosen_first if layer == start else chosen)[stage, price, kind]
-                sums[stage] += self.tables[kind][pick, : ONCE + 1]
+                sums[stage] += self.layers.tables[kind][pick, : ONCE + 1]
             sums[stage, 0] += self.sending[0][stop]
             sums[stage, 1] += self.sending[1][start]
             starts.append(start)

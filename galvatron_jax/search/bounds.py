@@ -8,8 +8,9 @@ once a step counts with its seconds per micro-batch, shared out over the micro-b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -17,6 +18,11 @@ from galvatron_jax.cost.schedules import TickKinds
 from galvatron_jax.search.pipeline import Pipeline
 
 _PRICES = 40
+_NEAR = 2
+"""Prices on either side of the best one that bound a stage of some length."""
+_LENGTHS = (0.5, 1.0, 1.5)
+"""Of a stage, as parts of the average, that prices are chosen for."""
+_TURNS = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +33,8 @@ class Priced:
     """Seconds per byte, ascending from zero. float64[prices]"""
     total: np.ndarray
     """Seconds and priced bytes of the first layers. float64[prices, layers + 1]"""
+    least_bytes: np.ndarray
+    """Of the first layers. float64[layers + 1]"""
     limit: np.ndarray
     """Bytes for layers of a stage that begins with each layer. float64[layers + 1]"""
 
@@ -66,15 +74,13 @@ class Bounds:
             problem: the problem.
             budget_bytes: per device, without `Pipeline.fixed_bytes`.
         """
-        tables = layer_tables(problem)
-        forward, backward, once = (_running([table[:, part].min() for table in tables]) for part in range(3))
-        part = 1 / problem.num_microbatches
-        priced = [_price(problem, tables, stage, budget_bytes, once=part) for stage in range(problem.num_stages)]
-        sending = _sending(problem)
-        load = np.stack([_busy(*pair) + sending for pair in priced])
+        tables = LayerTables.of(problem)
+        forward, backward, once = (tables.running(lambda table, part=part: table[:, part].min()) for part in range(3))
+        priced = _price_all(problem, tables, budget_bytes, once=1 / problem.num_microbatches)
+        load = _loads(problem, priced)
         return cls(
-            problem, load, forward, backward, once, _first(load), _last(load), _even_share(problem),
-            tuple(p for p, _ in priced), budget_bytes,
+            problem, load, forward, backward, once, _first(load), _last(load), _even_share(problem), priced,
+            budget_bytes,
         )  # fmt: skip
 
     @cached_property
@@ -84,11 +90,8 @@ class Bounds:
         Returns:
             float64[stages, layers + 1, layers + 1]
         """
-        tables, sending = layer_tables(self.problem), _sending(self.problem)
-        priced = [
-            _price(self.problem, tables, stage, self.budget_bytes, once=0.0) for stage in range(self.problem.num_stages)
-        ]
-        return np.stack([_busy(*pair) + sending for pair in priced])
+        priced = _price_all(self.problem, LayerTables.of(self.problem), self.budget_bytes, once=0.0)
+        return _loads(self.problem, priced)
 
     @cached_property
     def _slowest(self) -> np.ndarray:
@@ -166,8 +169,8 @@ class Bounds:
 
     def _with_longest(self, busy_s: float) -> float:
         """Of the whole step, when the largest load of a stage is just this: a convex function of it."""
-        steady, weight = self._ramp if self.problem.num_chunks == 1 else self._chunk_ramp
-        spread = _cheapest_spread(weight, self.total_s, busy_s)
+        steady, spread_over = self._spread
+        spread = spread_over.cheapest(self.total_s, busy_s)
         return max(self.problem.num_microbatches * busy_s, steady * busy_s + spread)
 
     @cached_property
@@ -194,7 +197,7 @@ class Bounds:
         Below it, a slower stage leaves room to move work to where the other ticks cost less.
         """
         low, high = self.total_s / self.problem.num_stages, self.total_s
-        for _ in range(100):
+        for _ in range(_TURNS):
             left, right = low + (high - low) / 3, high - (high - low) / 3
             low, high = (low, right) if self._with_longest(left) <= self._with_longest(right) else (left, high)
         return low
@@ -203,18 +206,21 @@ class Bounds:
     def total_s(self) -> float:
         """Forward and backward seconds of all stages together, at least."""
         # Residuals weigh least in the last stage, which has the fewest micro-batches in flight.
-        priced, _ = _price(
-            self.problem, layer_tables(self.problem), self.problem.num_stages - 1, self.budget_bytes, once=0.0
-        )
+        problem = self.problem
+        last = problem.num_stages - 1
+        priced = _price(problem, LayerTables.of(problem), last, self.priced[last].limit, once=0.0)
         room = sum(float(stage.limit.max()) for stage in self.priced) / self.problem.num_chunks
         sends = sorted(cut.forward_s + cut.backward_s for cut in self.problem.cuts[1:])
         sent = sum(sends[: self.problem.num_stages - 1])
         return float(max(0.0, (priced.total[:, -1] - priced.price * room).max()) + sent)
 
     @cached_property
-    def _ramp(self) -> tuple[float, np.ndarray]:
-        problem = self.problem
-        return ramp(problem.kinds, recomputes=problem.recomputes)
+    def _spread(self) -> tuple[float, _Spread]:
+        if self.problem.num_chunks > 1:
+            steady, weight = self._chunk_ramp
+        else:
+            steady, weight = _ramp(self.problem.kinds, self.problem.recomputes)
+        return steady, _Spread.of(weight)
 
     def alone_seconds(self, stage: int, start: int, stop: int) -> float:
         """Of the whole step, by this stage alone: it grows with the stage."""
@@ -239,7 +245,8 @@ class Bounds:
         return high
 
 
-def ramp(kinds: TickKinds, *, recomputes: bool) -> tuple[float, np.ndarray]:
+@lru_cache(maxsize=256)
+def _ramp(kinds: TickKinds, recomputes: bool) -> tuple[float, np.ndarray]:
     """Ticks in which every group does both; and what a second of each stage costs at least in the others.
 
     A tick's mirror image has backward where it has forward: together they take what their slowest stage takes for
@@ -269,26 +276,52 @@ def ramp(kinds: TickKinds, *, recomputes: bool) -> tuple[float, np.ndarray]:
     return steady, weight
 
 
-def _cheapest_spread(weight: np.ndarray, total: float, most: float) -> float:
-    """Least of `weight @ load` over loads up to `most` each that sum to `total`."""
-    cost, left = 0.0, total
-    for each in np.sort(weight):
-        load = min(left, most)
-        cost, left = cost + each * load, left - load
-    return cost
+@dataclass(frozen=True, eq=False)
+class _Spread:
+    """Weights of the stages, ascending, to share out work over."""
+
+    weight: np.ndarray
+    """float64[stages]"""
+    total: np.ndarray
+    """Of the first ones. float64[stages + 1]"""
+
+    @classmethod
+    def of(cls, weight: np.ndarray) -> _Spread:
+        """Sorts weights."""
+        weight = np.sort(weight)
+        return cls(weight, _running(weight))
+
+    def cheapest(self, total: float, most: float) -> float:
+        """Least of `weight @ load` over loads up to `most` each that sum to `total`."""
+        full = min(int(total / most), len(self.weight)) if most > 0 else 0
+        rest = (total - full * most) * float(self.weight[full]) if full < len(self.weight) else 0.0
+        return most * float(self.total[full]) + max(0.0, rest)
 
 
-def layer_tables(problem: Pipeline) -> list[np.ndarray]:
-    """Per layer, its options as rows; layers alike share one table. float64[options, 6] each.
+@dataclass(frozen=True, eq=False)
+class LayerTables:
+    """The layers' options as rows; layers alike share one table.
 
     Columns: seconds forward, backward (recomputation included) and once a step; static, residual and workspace bytes.
     """
-    made: dict[tuple[int, int], np.ndarray] = {}
-    keys = [(id(first), id(repeat)) for first, repeat in zip(problem.layers, problem.repeats, strict=True)]
-    for layer, key in enumerate(keys):
-        if key not in made:
-            made[key] = _layer_table(problem, layer)
-    return [made[key] for key in keys]
+
+    tables: tuple[np.ndarray, ...]
+    """float64[options, 6] each"""
+    kind: np.ndarray
+    """Table of each layer. int64[layers]"""
+
+    @classmethod
+    def of(cls, problem: Pipeline) -> LayerTables:
+        """The tables of a problem."""
+        keys = [(id(first), id(repeat)) for first, repeat in zip(problem.layers, problem.repeats, strict=True)]
+        first = {key: layer for layer, key in reversed(list(enumerate(keys)))}
+        number = {key: index for index, key in enumerate(first)}
+        tables = tuple(_layer_table(problem, layer) for layer in first.values())
+        return cls(tables, np.array([number[key] for key in keys]))
+
+    def running(self, least: Callable[[np.ndarray], float]) -> np.ndarray:
+        """Sums of some figure of the tables over the first layers. float64[layers + 1]."""
+        return _running(np.array([least(table) for table in self.tables])[self.kind])
 
 
 def _layer_table(problem: Pipeline, layer: int) -> np.ndarray:
@@ -302,40 +335,63 @@ def _layer_table(problem: Pipeline, layer: int) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def _running(values: list[float]) -> np.ndarray:
+def _running(values: np.ndarray) -> np.ndarray:
     return np.concatenate([[0.0], np.cumsum(values)])
 
 
-def _price(
-    problem: Pipeline, tables: list[np.ndarray], stage: int, budget_bytes: float, *, once: float
-) -> tuple[Priced, np.ndarray]:
-    """Priced sums of one virtual stage, and the least bytes of the first layers.
+def _price_all(problem: Pipeline, tables: LayerTables, budget_bytes: float, *, once: float) -> tuple[Priced, ...]:
+    """Priced sums of every virtual stage.
 
     `once` says how much a second counts that is spent once a step.
     """
-    limit = budget_bytes - problem.in_flight[stage] * np.array([cut.bytes for cut in problem.cuts] + [0.0])
+    cut = np.array([cut.bytes for cut in problem.cuts] + [0.0])
+    found, alike = [], {}
+    for stage in range(problem.num_stages):
+        limit = budget_bytes - problem.in_flight[stage] * cut
+        key = problem.residuals_kept(stage), stage == problem.num_stages - 1
+        if key not in alike:
+            alike[key] = _price(problem, tables, stage, limit, once=once)
+        found.append(replace(alike[key], limit=limit))
+    return tuple(found)
+
+
+def _price(problem: Pipeline, tables: LayerTables, stage: int, limit: np.ndarray, *, once: float) -> Priced:
     # Where chunks share a group, another chunk's residual may be the one that is held.
     kept = 0 if problem.recomputes and problem.num_chunks > 1 else problem.residuals_kept(stage)
-    own: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for table in tables:
-        if id(table) not in own:
-            forward = table[:, 0] * (0.0 if problem.recomputes and stage == problem.num_stages - 1 else 1.0)
-            own[id(table)] = forward + table[:, 1] + once * table[:, 2], table[:, 3] + kept * table[:, 4]
-    price = np.concatenate([[0.0], _prices(list(own.values()))])
-    cheapest = {key: (s[None] + price[:, None] * needed[None]).min(1) for key, (s, needed) in own.items()}
-    total = np.stack([cheapest[id(table)] for table in tables], axis=1).cumsum(1)
-    total = np.concatenate([np.zeros((len(price), 1)), total], axis=1)
-    least = _running([own[id(table)][1].min() for table in tables])
-    return Priced(price, total, limit), least
+    alone = 0.0 if problem.recomputes and stage == problem.num_stages - 1 else 1.0
+    own = [
+        (alone * table[:, 0] + table[:, 1] + once * table[:, 2], table[:, 3] + kept * table[:, 4])
+        for table in tables.tables
+    ]
+    price = np.concatenate([[0.0], _prices(own)])
+    cheapest = np.stack([(seconds + price[:, None] * needed).min(1) for seconds, needed in own], axis=1)
+    total = np.zeros((len(price), len(tables.kind) + 1))
+    np.cumsum(cheapest[:, tables.kind], axis=1, out=total[:, 1:])
+    least = _running(np.array([needed.min() for _, needed in own])[tables.kind])
+    return Priced(price, total, least, limit)
 
 
-def _busy(priced: Priced, least_bytes: np.ndarray) -> np.ndarray:
-    """Least seconds of one virtual stage over every range of layers. float64[layers + 1, layers + 1]."""
-    total, size = priced.total, len(least_bytes)
-    bound = total[:, None, :] - total[:, :, None] - priced.price[:, None, None] * priced.limit[None, :, None]
-    found = np.maximum(bound.max(0), 0.0)
-    found[least_bytes[None, :] - least_bytes[:, None] > priced.limit[:, None]] = np.inf
-    return np.where(np.arange(size)[None, :] > np.arange(size)[:, None], found, np.inf)
+def _useful(priced: Priced, stages: int) -> np.ndarray:
+    """Prices that bound stages of about average length well. int64[useful]."""
+    length = np.array(_LENGTHS)[:, None] / stages
+    best = (priced.total[:, -1] * length - priced.price * np.median(priced.limit)).argmax(1)
+    near = best[:, None] + np.arange(-_NEAR, _NEAR + 1)
+    return np.unique(np.concatenate([[0], near.clip(0, len(priced.price) - 1).ravel()]))
+
+
+def _loads(problem: Pipeline, priced: tuple[Priced, ...]) -> np.ndarray:
+    """Least seconds of every virtual stage over every range of layers. float64[stages, layers + 1, layers + 1]."""
+    size = len(problem.layers) + 1
+    empty = np.tri(size, dtype=bool)
+    found = np.empty((len(priced), size, size))
+    for stage, one in enumerate(priced):
+        useful = _useful(one, problem.num_stages)
+        price, total = one.price[useful], one.total[useful]
+        bound = total[:, None, :] - (total + price[:, None] * one.limit[None, :])[:, :, None]
+        np.maximum(bound.max(0), 0.0, out=found[stage])
+        needed = one.least_bytes[None, :] - one.least_bytes[:, None]
+        found[stage][empty | (needed > one.limit[:, None])] = np.inf
+    return found + _sending(problem)
 
 
 def _sending(problem: Pipeline) -> np.ndarray:
@@ -348,7 +404,7 @@ def _sending(problem: Pipeline) -> np.ndarray:
 def _prices(own: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Prices of a byte at which some layer would change its option: a spread of them."""
     slopes = []
-    for seconds, needed in {id(pair[0]): pair for pair in own}.values():
+    for seconds, needed in own:
         order = np.argsort(needed)
         seconds, needed = seconds[order], needed[order]
         best = np.minimum.accumulate(seconds)

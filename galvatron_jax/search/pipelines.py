@@ -202,9 +202,12 @@ class PipelineSearch:
         self, builder: PipelineBuilder, layout: Layout, count: int, pipelinings: list[Pipelining]
     ) -> list[PipelineProblem]:
         """Some schedules with all batch layouts, the lowest bound first."""
-        found = []
+        found, every = [], batch_axes_for(layout.stage_axes, self.global_batch // count)
+        if self.space.applies(Rule.BATCH_AXES) and pipelinings:
+            self.effort.pruned[Rule.BATCH_AXES] += len(pipelinings) * (len(every) - 1)
+            every = every[:1]
         for pipelining in pipelinings:
-            for axes in batch_axes_for(layout.stage_axes, self.global_batch // count):
+            for axes in every:
                 batching = Batching(self.global_batch, count, axes)
                 for pipeline in builder.build(pipelining, batching):
                     solver = self._solver(pipeline)

@@ -19,6 +19,7 @@ import numpy as np
 from scipy.optimize import linprog
 
 from galvatron_jax.cost.schedules import makespan
+from galvatron_jax.search.chain import evaluate as evaluate_chain
 from galvatron_jax.search.layers import solve
 from galvatron_jax.search.pipeline import Pipeline, PipelineSolution, StageSum, evaluate, sum_stage
 from galvatron_jax.search.sketch import chain_of
@@ -100,7 +101,8 @@ def _price(problem: Pipeline, stage: _Stage, weight: np.ndarray, budget_bytes: f
     kept = problem.residuals_kept(stage.number)
     chain = chain_of(problem, kept, np.array([forward, backward, once]), stage.start, stage.stop)
     limit = int(budget_bytes) - problem.kept_bytes(stage.number, stage.start, stage.stop)
-    solution = solve(chain, budget_bytes=limit).solution
+    known = min(evaluate_chain(chain, options).seconds for options in stage.options)
+    solution = solve(chain, budget_bytes=limit, upper_s=known).solution
     return solution is not None and stage.add(problem, solution.options, budget_bytes)
 
 

@@ -42,6 +42,8 @@ class Rule(StrEnum):
     MICROBATCHES_ON_DEMAND = "microbatches-on-demand"
     """Heuristic, for derived times only: once the fastest plan fits, more micro-batches are not tried. A roofline never
     gains from them; measured times may, and then all are tried."""
+    BATCH_AXES = "batch-axes"
+    """Heuristic, for pipelines only: between stages the batch lies on as many of a stage's axes as divide it."""
     AFFINE_IN_MICROBATCH = "affine-in-microbatch"
     """A layer is planned at one micro-batch for all at which the planner would decide alike (not counted)."""
 
