@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,16 +11,41 @@ from galvatron_jax.cost.compute import Work
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.wiring import LayerWiring
 from galvatron_jax.partition.counts import Amount, Counts
+from galvatron_jax.partition.layer_plan import ParameterPlan
 from galvatron_jax.partition.series import LayerSeries
 from galvatron_jax.spec.strategy import LayerStrategy
+
+
+@dataclass(frozen=True, eq=False)
+class PhaseCosts:
+    """What a layer kind costs under several strategies, however the layer is connected."""
+
+    series: tuple[LayerSeries, ...]
+    """Per strategy, the series of plans that the micro-batch belongs to."""
+    compute_s: np.ndarray
+    """Forward and backward of one micro-batch. float64[strategies, 2]"""
+    communication_s: np.ndarray
+    """Not hidden by computation. float64[strategies, 2]"""
+    residual_bytes: np.ndarray
+    """Per micro-batch in flight. int64[strategies]"""
+    workspace_bytes: np.ndarray
+    """int64[strategies]"""
+    estimated: np.ndarray
+    """Whether its computation time is scaled or derived, not measured. bool[strategies]"""
+    ports: tuple[LayerSeries, ...]
+    """Of each set of layouts at the ports, one series."""
+    ports_of: np.ndarray
+    """Per strategy, the index in `ports`. int64[strategies]"""
+    parameters: tuple[tuple[ParameterPlan, ...], ...]
+    """Each way to keep the parameters."""
+    parameters_of: np.ndarray
+    """Per strategy, the index in `parameters`. int64[strategies]"""
 
 
 @dataclass(frozen=True, eq=False)
 class LayerCosts:
     """What a layer costs under several strategies, transitions to its neighbours excluded."""
 
-    series: tuple[LayerSeries, ...]
-    """Per strategy, the series of plans that the micro-batch belongs to."""
     forward_s: np.ndarray
     """Per micro-batch. float64[strategies]"""
     backward_s: np.ndarray
@@ -33,22 +58,17 @@ class LayerCosts:
     """Per micro-batch in flight. int64[strategies]"""
     workspace_bytes: np.ndarray
     """int64[strategies]"""
-    estimated: np.ndarray
-    """Whether its computation time is scaled or derived, not measured. bool[strategies]"""
 
 
-def layer_costs(
-    costs: CostModel, wiring: LayerWiring, strategies: Sequence[LayerStrategy], batching: Batching
-) -> LayerCosts:
-    """Costs of a layer with the given connections under several strategies.
+def phase_costs(costs: CostModel, kind: int, strategies: Sequence[LayerStrategy], *, microbatch: int) -> PhaseCosts:
+    """Costs of a layer kind under several strategies.
 
     Args:
         costs: prices on one mesh.
-        wiring: the layer's connections.
+        kind: index of the layer kind.
         strategies: what to price.
-        batching: how the batch is fed.
+        microbatch: examples of one micro-batch, over all devices.
     """
-    microbatch, kind = batching.microbatch, wiring.kind
     series = tuple([costs.table.series(kind, strategy, microbatch=microbatch) for strategy in strategies])
     phases = _Phases(costs, series, microbatch)
     times = costs.compute.layers(
@@ -59,19 +79,54 @@ def layer_costs(
         microbatch=microbatch,
     )
     sent, workspace = phases.sent_and_peaks()
-    exposed = sent - costs.overlap * np.minimum(sent, times.seconds)
-    seconds = times.seconds + (exposed + _held_seconds(costs, wiring, series, batching))
-    parameters = [costs.parameter_cost(wiring, each.parameters) for each in series]
-    return LayerCosts(
+    ports, ports_of = _distinct((id(each.inputs), id(each.outputs)) for each in series)
+    parameters, parameters_of = _distinct(id(each.parameters) for each in series)
+    return PhaseCosts(
         series=series,
-        forward_s=seconds[:, 0],
-        backward_s=seconds[:, 1],
-        once_s=np.array([parameter.once_s for parameter in parameters]),
-        static_bytes=np.array([parameter.memory.static_bytes for parameter in parameters], np.int64),
+        compute_s=times.seconds,
+        communication_s=sent - costs.overlap * np.minimum(sent, times.seconds),
         residual_bytes=np.array([each.residual_bytes_at(microbatch) for each in series], np.int64),
         workspace_bytes=workspace,
         estimated=times.estimated,
+        ports=tuple([series[index] for index in ports]),
+        ports_of=ports_of,
+        parameters=tuple([series[index].parameters for index in parameters]),
+        parameters_of=parameters_of,
     )
+
+
+def layer_costs(costs: CostModel, wiring: LayerWiring, phases: PhaseCosts, batching: Batching) -> LayerCosts:
+    """Costs of a layer with the given connections.
+
+    Args:
+        costs: prices on one mesh.
+        wiring: the layer's connections.
+        phases: costs of its kind, at the same micro-batch.
+        batching: how the batch is fed.
+    """
+    held = np.array([costs.held_seconds(wiring, each, batching) for each in phases.ports])[phases.ports_of]
+    seconds = phases.compute_s + (phases.communication_s + held)
+    parameters = [costs.parameter_cost(wiring, each) for each in phases.parameters]
+    return LayerCosts(
+        forward_s=seconds[:, 0],
+        backward_s=seconds[:, 1],
+        once_s=np.array([each.once_s for each in parameters])[phases.parameters_of],
+        static_bytes=np.array([each.memory.static_bytes for each in parameters], np.int64)[phases.parameters_of],
+        residual_bytes=phases.residual_bytes,
+        workspace_bytes=phases.workspace_bytes,
+    )
+
+
+def _distinct(keys: Iterable[Hashable]) -> tuple[list[int], np.ndarray]:
+    """Of equal keys the first one's index, and per key its place among these."""
+    places: dict[Hashable, int] = {}
+    first, place = [], []
+    for index, key in enumerate(keys):
+        if key not in places:
+            places[key] = len(first)
+            first.append(index)
+        place.append(places[key])
+    return first, np.array(place, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,17 +161,3 @@ class _Phases:
     def _sent_and_peak(self, counts: Counts, planned_at: int) -> tuple[float, int]:
         seconds = self.costs.sent_seconds(counts.sent, microbatch=self.microbatch, planned_at=planned_at)
         return seconds, counts.peak_bytes_at(self.microbatch, planned_at)
-
-
-def _held_seconds(
-    costs: CostModel, wiring: LayerWiring, series: Sequence[LayerSeries], batching: Batching
-) -> np.ndarray:
-    """Seconds of conversions between the plan-wide layout and each plan's own. float64[plans, 2]."""
-    known: dict[tuple, tuple[float, float]] = {}
-    found = []
-    for each in series:
-        layouts = each.inputs, each.outputs
-        if layouts not in known:
-            known[layouts] = costs.held_seconds(wiring, each, batching)
-        found.append(known[layouts])
-    return np.array(found)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from galvatron_jax.cost.layer_costs import layer_costs
+from galvatron_jax.cost.layer_costs import PhaseCosts, layer_costs, phase_costs
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.step import signatures
 from galvatron_jax.cost.wiring import LayerWiring
@@ -66,7 +66,8 @@ class Table:
     def take(self, index: np.ndarray) -> Table:
         """Some of the options; the classes stay as they are."""
         columns = {name: getattr(self, name)[index] for name in (*COLUMNS, "boundary")}
-        rows = {name: tuple(getattr(self, name)[i] for i in index) for name in ("strategies", "ties", "tied_bytes")}
+        chosen = index.tolist()
+        rows = {name: tuple([getattr(self, name)[i] for i in chosen]) for name in ("strategies", "ties", "tied_bytes")}
         return replace(self, **columns, **rows)
 
     def allowing(self, allowed: Allowed) -> Table:
@@ -76,8 +77,10 @@ class Table:
 
     def undominated(self, columns: Sequence[np.ndarray]) -> Table:
         """Without the options that others make superfluous by some columns."""
-        ties: dict[tuple, int] = {}
-        group = np.array([ties.setdefault(tuple(sorted(tie.items())), len(ties)) for tie in self.ties])
+        distinct = {id(tie): tie for tie in self.ties}
+        ties = list({tuple(sorted(tie.items())): None for tie in distinct.values()})
+        groups = {key: ties.index(tuple(sorted(tie.items()))) for key, tie in distinct.items()}
+        group = np.array([groups[id(tie)] for tie in self.ties])
         return self.take(np.flatnonzero(~dominated(columns, self.boundary, group)))
 
 
@@ -108,6 +111,7 @@ class TableBuilder:
     estimated: int = 0
     """Options whose computation time was not measured."""
     _priced: dict[tuple, Table] = field(default_factory=dict, repr=False)
+    _kinds: dict[tuple[int, int], PhaseCosts] = field(default_factory=dict, repr=False)
     _strategies: dict[tuple, tuple[LayerStrategy, ...]] = field(default_factory=dict, repr=False)
     _moves: dict[tuple, np.ndarray] = field(default_factory=dict, repr=False)
 
@@ -134,13 +138,12 @@ class TableBuilder:
         return self._priced[key]
 
     def _price(self, slot: Slot, batching: Batching) -> Table:
-        wiring = slot.wiring
-        strategies = self.candidates(wiring.kind, batching)
-        priced = layer_costs(self.costs, wiring, strategies, batching)
+        wiring, phases = slot.wiring, self._phases(slot.wiring.kind, batching)
+        priced = layer_costs(self.costs, wiring, phases, batching)
         classes: dict[tuple, int] = {}
         examples: list[LayerSeries] = []
-        boundary = []
-        for plan in priced.series:
+        class_of = []
+        for plan in phases.ports:
             layouts = (
                 tuple([plan.inputs[hop.input] for hop in wiring.hops]),
                 tuple([plan.outputs[port] for port in slot.handed_on]),
@@ -148,17 +151,29 @@ class TableBuilder:
             if layouts not in classes:
                 classes[layouts] = len(classes)
                 examples.append(plan)
-            boundary.append(classes[layouts])
-        self.priced += len(strategies)
-        self.estimated += int(priced.estimated.sum())
+            class_of.append(classes[layouts])
+        ties = [signatures(each, wiring.tied) for each in phases.parameters]
+        sizes = [_tied_bytes(each, wiring.tied) for each in phases.parameters]
+        stored = phases.parameters_of.tolist()
+        self.priced += len(stored)
+        self.estimated += int(phases.estimated.sum())
         return Table(
-            strategies,
+            self.candidates(wiring.kind, batching),
             *(getattr(priced, name) for name in COLUMNS),
-            boundary=np.array(boundary),
+            boundary=np.array(class_of)[phases.ports_of],
             examples=tuple(examples),
-            ties=tuple([signatures(plan.parameters, wiring.tied) for plan in priced.series]),
-            tied_bytes=tuple([_tied_bytes(plan.parameters, wiring.tied) for plan in priced.series]),
+            ties=tuple([ties[index] for index in stored]),
+            tied_bytes=tuple([sizes[index] for index in stored]),
         )
+
+    def _phases(self, kind: int, batching: Batching) -> PhaseCosts:
+        """Costs of a layer kind's strategies."""
+        key = (kind, batching.microbatch)
+        if key not in self._kinds:
+            self._kinds[key] = phase_costs(
+                self.costs, kind, self.candidates(kind, batching), microbatch=batching.microbatch
+            )
+        return self._kinds[key]
 
     def candidates(self, kind: int, batching: Batching) -> tuple[LayerStrategy, ...]:
         """Strategies of a layer kind."""
@@ -204,11 +219,17 @@ def tie_variants(tables: Sequence[Table], tied: tuple[str, ...]) -> list[dict[st
     """Joint layouts of the tied parameters that every layer using them offers."""
     choices = []
     for name in tied:
-        offers = [dict.fromkeys(tie[name] for tie in table.ties) for table in tables if name in table.ties[0]]
+        offers = [
+            dict.fromkeys(tie[name] for tie in {id(tie): tie for tie in table.ties}.values())
+            for table in tables
+            if name in table.ties[0]
+        ]
         choices.append([layout for layout in offers[0] if all(layout in offer for offer in offers)] if offers else [()])
     return [dict(zip(tied, layouts, strict=True)) for layouts in itertools.product(*choices)]
 
 
 def admitted(table: Table, variant: dict[str, tuple]) -> np.ndarray:
     """Which options a joint layout of tied parameters allows. bool[options]."""
-    return np.array([all(variant[name] == layout for name, layout in tie.items()) for tie in table.ties], bool)
+    distinct = {id(tie): tie for tie in table.ties}
+    fits = {key: all(variant[name] == layout for name, layout in tie.items()) for key, tie in distinct.items()}
+    return np.array([fits[id(tie)] for tie in table.ties], bool)

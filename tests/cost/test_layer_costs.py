@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from galvatron_jax.cost.layer_costs import layer_costs
+from galvatron_jax.cost.layer_costs import layer_costs, phase_costs
 from galvatron_jax.cost.memory import OptimizerMemory
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.planner import default_planner
@@ -40,11 +40,12 @@ def test_costs_of_all_options_are_those_of_each(family: str, planned_at_once: bo
     for wiring in {layer.kind: layer for layer in alone.wiring.layers}.values():
         kind = model.kinds[wiring.kind]
         strategies = SearchSpace().strategies(kind, mesh=mesh, microbatch=batching.microbatch, pruned=Counter())
-        found = layer_costs(together, wiring, strategies, batching)
+        phases = phase_costs(together, wiring.kind, strategies, microbatch=batching.microbatch)
+        found = layer_costs(together, wiring, phases, batching)
         every = [alone.layer_cost(wiring, strategy, batching) for strategy in strategies]
         for name in ("static_bytes", "residual_bytes", "workspace_bytes"):
             assert getattr(found, name).tolist() == [getattr(each.memory, name) for each in every], name
         np.testing.assert_allclose(found.forward_s, [each.forward.seconds for each in every], rtol=1e-14)
         np.testing.assert_allclose(found.backward_s, [each.backward.seconds for each in every], rtol=1e-14)
         np.testing.assert_allclose(found.once_s, [each.once_s for each in every], rtol=1e-14)
-        assert found.estimated.tolist() == [each.estimated for each in every]
+        assert phases.estimated.tolist() == [each.estimated for each in every]
