@@ -165,7 +165,11 @@ def virtual_cpus(count: int) -> str:
 
 
 def run(
-    measure: Callable[..., Outcome], *, devices: str = "", options: Mapping[str, Mapping[str, Any]] | None = None
+    measure: Callable[..., Outcome],
+    *,
+    devices: str = "",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    saved: Callable[[Path], None] | None = None,
 ) -> NoReturn:
     """Runs a benchmark script: its options, its figures, and its exit code.
 
@@ -174,6 +178,7 @@ def run(
             help.
         devices: what `virtual_cpus` gave.
         options: what this script takes beside: by name, keywords of `add_argument`. `measure` gets them by keyword.
+        saved: told the file that `--save` wrote.
     """
     script = sys.modules[measure.__module__]
     name = Path(str(script.__file__)).stem
@@ -192,7 +197,9 @@ def run(
     for claim in outcome.claims:
         print(claim)
     if chosen.save:
-        save(record)
+        path = save(record)
+        if saved is not None:
+            saved(path)
     if chosen.json:
         print(json.dumps(record, ensure_ascii=False))
     sys.exit(1 if chosen.check and not all(claim.holds for claim in outcome.claims) else 0)

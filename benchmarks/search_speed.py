@@ -1,7 +1,8 @@
 """How long searches take on one core: three that people ask for, and how time grows with layers, devices and memory.
 
 CPU seconds of `search` alone in a fresh process: a model is traced and written to a document once, in a process of its
-own (`trace_cpu_s`), and what searches never imports JAX.
+own (`trace_cpu_s`), and what searches never imports JAX. With matplotlib (the `plot` extra), `--save` draws the growth
+too, beside the record: `results/search_speed.*.svg`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from harness import Claim, Outcome, run
+from rich.console import Console
+from rich.table import Table
 
 PARTS = Path(__file__).parent / "parts"
 REPEATS = 3
@@ -27,6 +31,7 @@ STOP_S = 60.0
 PROVEN = 1e-9
 """Gap that is rounding."""
 GIB = 2**30
+WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,9 @@ class Case:
     limit_s: float | None = None
     """What is claimed of its CPU time."""
     grows: str = ""
-    """With what, in the tables of growth."""
+    """With what, in the table of growth."""
+    grown_to: int = 0
+    """How many, or how much."""
 
     @property
     def name(self) -> str:
@@ -75,9 +82,9 @@ def growth(full: bool) -> list[Case]:
     devices = (8, 16, 32, 64, 128, 256, 512, 1024) if full else (8, 64, 512)
     memories = (20, 24, 32, 40, 48, 56, 64, 72, 79) if full else (20, 40, 79)
     return [
-        *(Case(llama(count), "h100x8", 64, grows="layers") for count in layers),
-        *(Case(llama(32), f"h100x{count}", 8 * count, grows="devices") for count in devices),
-        *(Case(llama(32), "h100x8", 64, memory_gib=gib, grows="memory") for gib in memories),
+        *(Case(llama(count), "h100x8", 64, grows="layers", grown_to=count) for count in layers),
+        *(Case(llama(32), f"h100x{count}", 8 * count, grows="devices", grown_to=count) for count in devices),
+        *(Case(llama(32), "h100x8", 64, memory_gib=gib, grows="memory, GiB", grown_to=gib) for gib in memories),
     ]
 
 
@@ -90,6 +97,7 @@ def measure(full: bool) -> Outcome:
             results.append(find(case, Path(folder), repeats=REPEATS if case.limit_s or full else 1))
             results[-1] |= {"trace_cpu_s": round(traced[case.name]["trace_cpu_s"], 2)}
             print(line(results[-1]), flush=True)
+    Console(width=WIDTH).print(growth_table(results))
     return Outcome(results, claims(results))
 
 
@@ -113,6 +121,7 @@ def find(case: Case, folder: Path, *, repeats: int) -> dict[str, Any]:
     return {
         "case": case.title,
         "grows": case.grows,
+        "grown_to": case.grown_to,
         **found[0],
         "cpu_s": round(seconds, 3),
         "every_cpu_s": [round(one["cpu_s"], 3) for one in found],
@@ -138,6 +147,36 @@ def line(result: dict[str, Any]) -> str:
     )
 
 
+def growth_table(results: list[dict[str, Any]]) -> Table:
+    """How the time grows with each quantity, the others as they are."""
+    table = Table(title="One search of Llama-2-7B, by what grows (else 32 layers on 8 H100s, all their memory)")
+    for header in ("grows", "to", "CPU seconds", "planning", "pricing", "solving", "host GiB", "could be faster by"):
+        table.add_column(header, justify="left" if header == "grows" else "right")
+    before = ""
+    for found in (one for one in results if one["grows"]):
+        if before not in ("", found["grows"]):
+            table.add_section()
+        before = found["grows"]
+        table.add_row(
+            found["grows"],
+            str(found["grown_to"]),
+            f"{found['cpu_s']:.2f}",
+            *(f"{found['shares'][part]:.0%}" for part in ("planning", "pricing", "solving")),
+            f"{found['host_memory_gib']:.2f}",
+            "nothing fits" if not found["fits"] else "proven" if found["gap"] <= PROVEN else f"{found['gap']:.2%}",
+        )
+    return table
+
+
+def draw(record: Path) -> None:
+    """The picture of growth, beside the record."""
+    if find_spec("matplotlib") is None:
+        print("The growth is not drawn: matplotlib, the `plot` extra, is not installed.", file=sys.stderr)
+        return
+    command = [sys.executable, str(PARTS / "draw_growth.py"), str(record), str(record.with_suffix(".svg"))]
+    subprocess.run(command, check=True)
+
+
 def claims(results: list[dict[str, Any]]) -> list[Claim]:
     """Times of the first cases, and memory of all."""
     made = []
@@ -152,4 +191,4 @@ def claims(results: list[dict[str, Any]]) -> list[Claim]:
 
 
 if __name__ == "__main__":
-    run(measure)
+    run(measure, saved=draw)
