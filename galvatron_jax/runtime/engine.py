@@ -1,9 +1,9 @@
 """The schedule's table made to run: one scan over its ticks, on local arrays of every device.
 
-In each tick a device does at most one forward and one backward, as its row of the table says: a `switch` over the
-virtual stages picks the program, so stages may be as unlike as they please. Values move on between ticks by two
-permutes along the pipeline axes. These stand outside the switches: a permute waits for all devices, and inside a branch
-that only some of them take it would wait for ever.
+In each tick a device does at most one forward and one backward, as its row of the table says: the virtual stages'
+programs stand one after another, and each device runs its own (see `turns`), so stages may be as unlike as they please.
+Values move on between ticks by two permutes along the pipeline axes. These stand outside: a permute waits for all
+devices, and in a program that only some of them run it would wait for ever.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from galvatron_jax.cost.schedules import IDLE, ScheduleTable, slots
+from galvatron_jax.cost.schedules import ScheduleTable, slots
 from galvatron_jax.runtime.clocks import Clock
 from galvatron_jax.runtime.packing import Flats, Packing
 from galvatron_jax.runtime.results import measures, new_state
 from galvatron_jax.runtime.stage import Stage
+from galvatron_jax.runtime.turns import take_turn
 
 
 def received_packing(stages: Sequence[Stage]) -> Packing[str]:
@@ -48,6 +49,22 @@ class Outcome:
     weight: Any
 
 
+class _Moved(NamedTuple):
+    """What came from other stages at the start of a tick."""
+
+    received: Flats
+    cotangents: Flats
+
+
+class _Work(NamedTuple):
+    """What a device does in a tick, one way."""
+
+    moved: _Moved
+    batch: Mapping[str, Any]
+    microbatch: Any
+    slot: Any
+
+
 @dataclass
 class Engine:
     """Runs a schedule. Only inside a `shard_map` that is manual over every mesh axis."""
@@ -56,8 +73,10 @@ class Engine:
     stages: tuple[Stage, ...]
     axes: tuple[str, ...]
     """Mesh axes along which the groups of devices lie."""
-    unpack: Callable[[int], Mapping[str, Any]]
-    """From a virtual stage to its stored arrays by key; read inside the stage's branches."""
+    params: Flats
+    """Stored parameters."""
+    unpack: Callable[[int, Flats], Mapping[str, Any]]
+    """From a virtual stage and stored parameters to the stage's own, by key."""
     clock: Clock | None = None
     """Of the state that several stages share."""
 
@@ -103,7 +122,7 @@ class Engine:
             return {} if stage.last else jax.eval_shape(stage.inputs_to_keep, state, stage.received_shapes)
 
         def keep(state: Any, batch: Any, received: Any) -> dict[str, Any]:
-            return self._forward(stage, state, _slice(batch, 0), received)[0]
+            return self._forward(stage, self.unpack(stage.number, self.params), state, _slice(batch, 0), received)[0]
 
         return jax.eval_shape(keep, state, batch, stage.received_shapes)
 
@@ -160,17 +179,32 @@ class Engine:
     def _tick(self, carry: dict[str, Any], row: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
         """One row of the table: a forward, a backward, and values moved on."""
         mine = {name: lax.dynamic_index_in_dim(x, self.group, keepdims=False) for name, x in row.items()}
-        idle = len(self.stages)
-        which = {way: jnp.where(mine[f"{way}_stage"] == IDLE, idle, mine[f"{way}_stage"]) for way in _WAYS}
-        forwards = [self._forward_branch(stage) for stage in self.stages]
-        backwards = [self._backward_branch(stage) for stage in self.stages]
-        moved = {"forward": carry["received"], "backward": carry["cotangents"]}
+        moved = _Moved(carry["received"], carry["cotangents"])
         rest = {name: x for name, x in carry.items() if name not in ("received", "cotangents")}
-        work = (rest, moved, batch, mine["forward_microbatch"], mine["forward_slot"])
-        rest, sent = lax.switch(which["forward"], [*forwards, _idle("forward")], *work)
-        work = (rest, moved, batch, mine["backward_microbatch"], mine["backward_slot"])
-        rest, handed = lax.switch(which["backward"], [*backwards, _idle("backward")], *work)
-        return {**rest, "received": self._shift(sent, 1), "cotangents": self._shift(handed, -1)}
+        for way, passed in (("forward", moved.received), ("backward", moved.cotangents)):
+            work = _Work(moved, batch, mine[f"{way}_microbatch"], mine[f"{way}_slot"])
+            programs = {
+                stage.number: self._program(stage, way, work) for stage in self.stages if self._works(stage, way)
+            }
+            rest, found = take_turn(mine[f"{way}_stage"], programs, (rest, passed))
+            carry = {**carry, "received" if way == "forward" else "cotangents": found}
+        received, cotangents = self._shift(carry["received"], 1), self._shift(carry["cotangents"], -1)
+        return {**rest, "received": received, "cotangents": cotangents}
+
+    def _works(self, stage: Stage, way: str) -> bool:
+        """Whether a stage has a program: where the schedule recomputes, the last forward is part of a backward."""
+        return way == "backward" or not (stage.last and self.table.recomputes)
+
+    def _program(self, stage: Stage, way: str, work: _Work) -> Callable[[tuple[dict, Flats]], tuple[dict, Flats]]:
+        run = self._run_forward if way == "forward" else self._run_backward
+
+        def program(arrays: tuple[dict, Flats]) -> tuple[dict, Flats]:
+            rest, _ = arrays
+            # Tied to what changes, so that XLA does not gather ZeRO-3's parameters ahead of the loop, on all devices.
+            params, weight = lax.optimization_barrier((self.params, rest["weight"]))
+            return run(stage, self.unpack(stage.number, params), {**rest, "weight": weight}, work)
+
+        return program
 
     def _shift(self, flats: Flats, way: int) -> Flats:
         """What the group before (or, for -1, behind) made."""
@@ -183,54 +217,55 @@ class Engine:
     # ------------------------------------------------------------------------------------------ branches
 
     def _forward(
-        self, stage: Stage, state: Mapping[str, Any], batch: Mapping[str, Any], received: Mapping[str, Any]
+        self,
+        stage: Stage,
+        params: Mapping[str, Any],
+        state: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        received: Mapping[str, Any],
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """What a stage that stashes keeps, what it sends, and its results by sink."""
-        sent, values, tapes = stage.forward(self.unpack(stage.number), state, batch, received)
+        sent, values, tapes = stage.forward(params, state, batch, received)
         seed = self._seed(stage, values) if stage.last else None
         kept, self.names[stage.number] = stage.tapes_to_keep(tapes, seed)
         return kept, sent, values
 
-    def _forward_branch(self, stage: Stage) -> Callable:
-        number = stage.number
+    def _run_forward(
+        self, stage: Stage, params: Mapping[str, Any], rest: dict[str, Any], work: _Work
+    ) -> tuple[dict[str, Any], Flats]:
+        number, state = stage.number, self._state(rest, work.microbatch)
+        received = self.received.unpack(number, work.moved.received)
+        leaves = _slice(work.batch, work.microbatch)
+        if self.table.recomputes:
+            kept = stage.inputs_to_keep(state, received)
+            sent, values, _ = stage.forward(params, state, leaves, received)
+        else:
+            kept, sent, values = self._forward(stage, params, state, leaves, received)
+        pool = self.kept_packing.write_slot(number, rest["pool"], kept, slot=work.slot, strides=self.strides[number])
+        passed = work.moved.received if stage.last else self.received.pack(number + 1, sent)
+        return self._with_results(stage, {**rest, "pool": pool}, values), passed
 
-        def branch(rest: dict, moved: dict, batch: dict, microbatch: Any, slot: Any) -> tuple[dict, Flats]:
-            received, state = self.received.unpack(number, moved["forward"]), self._state(rest, microbatch)
-            leaves = _slice(batch, microbatch)
-            if self.table.recomputes:
-                kept = stage.inputs_to_keep(state, received)
-                sent, values, _ = stage.forward(self.unpack(number), state, leaves, received)
-            else:
-                kept, sent, values = self._forward(stage, state, leaves, received)
-            pool = self.kept_packing.write_slot(number, rest["pool"], kept, slot=slot, strides=self.strides[number])
-            passed = moved["forward"] if stage.last else self.received.pack(number + 1, sent)
-            return self._with_results(stage, {**rest, "pool": pool}, values), passed
-
-        # Where the schedule recomputes, the last stage's forward is part of its backward.
-        return _idle("forward") if stage.last and self.table.recomputes else branch
-
-    def _backward_branch(self, stage: Stage) -> Callable:
+    def _run_backward(
+        self, stage: Stage, params: Mapping[str, Any], rest: dict[str, Any], work: _Work
+    ) -> tuple[dict[str, Any], Flats]:
         number, again = stage.number, self.table.recomputes
-
-        def branch(rest: dict, moved: dict, batch: dict, microbatch: Any, slot: Any) -> tuple[dict, Flats]:
-            leaves, params = _slice(batch, microbatch), self.unpack(number)
-            state, seed = self._state(rest, microbatch), None
-            if stage.last and again:
-                # Its forward is here alone.
-                _, values, tapes = stage.forward(params, state, leaves, self.received.unpack(number, moved["forward"]))
-                seed, rest = self._seed(stage, values), self._with_results(stage, rest, values)
+        state, seed = self._state(rest, work.microbatch), None
+        leaves = _slice(work.batch, work.microbatch)
+        if stage.last and again:
+            # Its forward is here alone.
+            received = self.received.unpack(number, work.moved.received)
+            _, values, tapes = stage.forward(params, state, leaves, received)
+            seed, rest = self._seed(stage, values), self._with_results(stage, rest, values)
+        else:
+            kept = self.kept_packing.read_slot(number, rest["pool"], slot=work.slot, strides=self.strides[number])
+            if again:
+                tapes = stage.again(params, *stage.inputs_kept(state, kept, leaves))
             else:
-                kept = self.kept_packing.read_slot(number, rest["pool"], slot=slot, strides=self.strides[number])
-                if again:
-                    tapes = stage.again(params, *stage.inputs_kept(state, kept, leaves))
-                else:
-                    tapes, seed = stage.tapes_kept(kept, self.names[number], params, state, leaves)
-            gradients, handed = stage.backward(tapes, self._cotangents(stage, moved["backward"], seed))
-            found = {(number, *name): x for name, x in gradients.items()}
-            added = self.gradients.add(number % self.degree, rest["gradients"], found)
-            return {**rest, "gradients": added}, self.handed_back.pack(number, handed)
-
-        return branch
+                tapes, seed = stage.tapes_kept(kept, self.names[number], params, state, leaves)
+        gradients, handed = stage.backward(tapes, self._cotangents(stage, work.moved.cotangents, seed))
+        found = {(number, *name): x for name, x in gradients.items()}
+        added = self.gradients.add(number % self.degree, rest["gradients"], found)
+        return {**rest, "gradients": added}, self.handed_back.pack(number, handed)
 
     def _seed(self, stage: Stage, values: Mapping[str, Any]) -> Any:
         return next(iter(stage.executor.seed(values).values()))
@@ -257,7 +292,7 @@ class Engine:
         stage = self.stages[-1]
 
         def measured(state: Any, batch: Any, received: Any) -> Any:
-            values = stage.forward(self.unpack(stage.number), state, _slice(batch, 0), received)[1]
+            values = stage.forward(self.unpack(stage.number, self.params), state, _slice(batch, 0), received)[1]
             return measures(stage.executor, values)
 
         shapes = jax.eval_shape(measured, state, batch, stage.received_shapes)
@@ -270,18 +305,6 @@ class Engine:
             for path in stage.changes:
                 new[path] = _from_group(after[path], self.group == stage.number % self.degree, self.axes)
         return new
-
-
-_WAYS = ("forward", "backward")
-
-
-def _idle(way: str) -> Callable:
-    """The branch of a group that has nothing to do."""
-
-    def branch(rest: dict, moved: dict, batch: dict, microbatch: Any, slot: Any) -> tuple[dict, Flats]:
-        return rest, moved[way]
-
-    return branch
 
 
 def _slice(batch: Mapping[str, Any], microbatch: Any) -> dict[str, Any]:

@@ -32,24 +32,27 @@ def hlo_computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def permutes_in_branches(text: str) -> list[str]:
-    """The permutes that stand inside a branch of a conditional, a line of the module each.
+    """The permutes that only some devices may reach, a line of the module each.
+
+    All devices run the entry, and turn equally often the loops whose trips are known. What stands in a conditional, or
+    in a loop that turns as often as the data says, may be some devices' own.
 
     Args:
         text: a compiled module as XLA prints it.
     """
-    computations, _ = hlo_computations(text)
-    todo = [name for lines in computations.values() for line in lines for name in _branches(line)]
-    seen: set[str] = set()
-    found = []
+    computations, entry = hlo_computations(text)
+    todo, seen, found = [(entry, False)], set(), []
     while todo:
-        name = todo.pop()
-        if name in seen or name not in computations:
+        name, alone = todo.pop()
+        if (name, alone) in seen or name not in computations:
             continue
-        seen.add(name)
+        seen.add((name, alone))
         for line in computations[name]:
-            if _PERMUTE.search(line):
+            if alone and _PERMUTE.search(line):
                 found.append(line.strip())
-            todo += [*_CALLED.findall(line), *_branches(line)]
+            inside = alone or (" while(" in line and "known_trip_count" not in line)
+            todo += [(called, inside) for called in _CALLED.findall(line)]
+            todo += [(branch, True) for branch in _branches(line)]
     return found
 
 

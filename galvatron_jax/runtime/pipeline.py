@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from galvatron_jax.runtime.stage import Stage
 from galvatron_jax.runtime.stage_optimizer import StageOptimizer, make_stage_optimizer
 from galvatron_jax.runtime.stage_storage import Place, StageStorage
 from galvatron_jax.runtime.synchronise import Synchroniser
+from galvatron_jax.runtime.turns import take_turn
 
 
 @dataclass(frozen=True)
@@ -191,51 +192,42 @@ class PipelineStep(StepProgram):
 
     def _gradients(self, params: Flats, model_state: dict, batch: dict) -> tuple[Flats, dict, dict]:
         """Synchronised gradients in the optimizer's layout, new model state and metrics."""
-        flats = _row(params)
-
-        def unpack(stage: int) -> dict[str, Any]:
-            case = stage % self.storage.degree
-            return {
-                group.key: self.storage.stored.read(case, (stage, group.key), flats)
-                for group in self.stages[stage].executor.storage.groups
-            }
-
-        engine = Engine(self.table, self.stages, self.plan.pipeline_axes, unpack, self.clock)
+        engine = Engine(self.table, self.stages, self.plan.pipeline_axes, _row(params), self._unpack, self.clock)
         outcome = engine.run(model_state, batch)
         scale = 1.0 / outcome.weight
         metrics = {name: x * scale.astype(x.dtype) for name, x in outcome.sums.items()}
         return _as_row(self._synchronised(engine, outcome.gradients, scale)), outcome.state, metrics
 
+    def _unpack(self, stage: int, flats: Flats) -> dict[str, Any]:
+        """A stage's stored arrays by key."""
+        stored, case = self.storage.stored, stage % self.storage.degree
+        groups = self.stages[stage].executor.storage.groups
+        return {group.key: stored.read(case, (stage, group.key), flats) for group in groups}
+
     def _synchronised(self, engine: Engine, accumulated: Flats, scale: Any) -> Flats:
         """Sums over data axes inside each group of devices, then over the groups that share parameters."""
         storage, packing = self.storage, engine.gradients
 
-        def branch(case: int) -> Callable[[Flats, Any], tuple[Flats, dict]]:
-            def run(accumulated: Flats, scale: Any) -> tuple[Flats, dict]:
-                found: dict[tuple[int, str], Any] = {}
-                for stage in self.stages[case :: storage.degree]:
-                    own = {
-                        name: packing.read(case, (stage.number, *name), accumulated) for name in stage.gradient_shapes
-                    }
-                    reduced = Synchroniser(stage.executor).gradients(own, scale)
-                    found |= {(stage.number, key): x for key, x in reduced.items()}
-                return storage.mirrored.pack(case, found), storage.exchanged(case, found)
+        def reduced(case: int, arrays: tuple[Flats, dict]) -> tuple[Flats, dict]:
+            found: dict[Place, Any] = {}
+            for stage in self.stages[case :: storage.degree]:
+                own = {name: packing.read(case, (stage.number, *name), accumulated) for name in stage.gradient_shapes}
+                sums = Synchroniser(stage.executor).gradients(own, scale)
+                found |= {(stage.number, key): x for key, x in sums.items()}
+            return storage.mirrored.write(case, arrays[0], found), storage.exchanged(case, found)
 
-            return run
-
-        def shared(case: int) -> Callable[[Flats, dict], Flats]:
-            def run(flats: Flats, totals: dict) -> Flats:
-                arrays = storage.mirrored.unpack(case, flats)
-                return storage.mirrored.pack(case, storage.with_exchanged(case, arrays, totals))
-
-            return run
+        def shared(case: int, arrays: tuple[Flats, dict]) -> tuple[Flats, dict]:
+            flats, totals = arrays
+            own = storage.mirrored.unpack(case, flats)
+            return storage.mirrored.write(case, flats, storage.with_exchanged(case, own, totals)), totals
 
         here, cases = lax.axis_index(storage.axes), range(storage.degree)
-        flats, parts = lax.switch(here, [branch(case) for case in cases], accumulated, scale)
+        empty = storage.mirrored.zeros(), storage.nothing_exchanged()
+        flats, parts = take_turn(here, {case: partial(reduced, case) for case in cases}, empty)
         if not storage.shared:
             return flats
         totals = lax.psum(parts, storage.axes)
-        return lax.switch(here, [shared(case) for case in cases], flats, totals)
+        return take_turn(here, {case: partial(shared, case) for case in cases}, (flats, totals))[0]
 
     def _update_own(self, gradients: Flats, opt_state: Any, params: Flats) -> tuple[Flats, Any]:
         """The update on the model's own arrays, taken out of the stages and put back."""

@@ -29,6 +29,7 @@ from galvatron_jax.runtime.stage import Stage
 from galvatron_jax.runtime.stage_storage import Place, StageStorage
 from galvatron_jax.runtime.storage import Group
 from galvatron_jax.runtime.synchronise import Synchroniser
+from galvatron_jax.runtime.turns import take_turn
 
 logger = logging.getLogger(__name__)
 
@@ -171,8 +172,8 @@ class StageOptimizer:
         arrays, totals = _Arrays(gradients, list(slots), leaves, params), {}
         for level in self._levels:
             totals |= self._totals(level, arrays, totals)
-        branches = [partial(self._case, case) for case in range(self.storage.degree)]
-        new, new_slots = lax.switch(lax.axis_index(self.storage.axes), branches, arrays, totals)
+        programs = {case: partial(self._case, case, gradients, leaves, totals) for case in range(self.storage.degree)}
+        new, new_slots = take_turn(lax.axis_index(self.storage.axes), programs, (params, list(slots)))
         plain = _Plain(self.update, leaves, totals)
         after = {str(position): plain.value(node) for position, node in self.update.others.items()}
         return new, new_slots, {position: after.get(position, leaf) for position, leaf in others.items()}
@@ -193,8 +194,17 @@ class StageOptimizer:
             mine = [_of_stage(state, stage.number) for state in states]
             yield stage, StageEvaluation(self.update, self.storage, stage, arrays, mine, flats.others, totals)
 
-    def _case(self, case: int, flats: _Arrays, totals: Mapping[int, Any]) -> tuple[Flats, list[Flats]]:
-        """What one group of devices does."""
+    def _case(
+        self,
+        case: int,
+        gradients: Flats,
+        leaves: dict[int, Any],
+        totals: Mapping[int, Any],
+        arrays: tuple[Flats, list[Flats]],
+    ) -> tuple[Flats, list[Flats]]:
+        """What one group of devices does with its parameters and state."""
+        params, slots = arrays
+        flats = _Arrays(gradients, slots, leaves, params)
         update = self.update
         assert update is not None
         new: dict[Place, Any] = {}
@@ -209,8 +219,8 @@ class StageOptimizer:
                 for key, owner in owners.items():
                     if owner in nodes:
                         state[stage.number, key] = run.whole(nodes[owner], key)
-        packed = [packing.pack(case, state) for packing, state in zip(self.slots, states, strict=True)]
-        return self.storage.stored.pack(case, new), packed
+        written = zip(self.slots, slots, states, strict=True)
+        return self.storage.stored.write(case, params, new), [p.write(case, flat, state) for p, flat, state in written]
 
     # ------------------------------------------------------------------------------------------ over all parameters
 
@@ -251,13 +261,13 @@ class StageOptimizer:
             shapes = jax.eval_shape(partial(self._partials, level, case), arrays, dict(totals))
             dtypes |= {number: parts[0].dtype for number, parts in zip(level, shapes, strict=True) if parts}
 
-        def run(case: int, arrays: _Arrays, totals: Any) -> list[Any]:
+        def run(case: int, nothing: list[Any]) -> list[Any]:
             parts = self._partials(level, case, arrays, totals)
-            nothing = [jnp.asarray(IDENTITY[c], dtypes[n]) for c, n in zip(combines, level, strict=True)]
             return [reduce(COMBINE[c], p, n) for c, p, n in zip(combines, parts, nothing, strict=True)]
 
         axes = self.storage.axes
-        found = lax.switch(lax.axis_index(axes), [partial(run, case) for case in cases], arrays, dict(totals))
+        nothing = [jnp.asarray(IDENTITY[c], dtypes[n]) for c, n in zip(combines, level, strict=True)]
+        found = take_turn(lax.axis_index(axes), {case: partial(run, case) for case in cases}, nothing)
         return {n: _across(c, x, axes) for n, c, x in zip(level, combines, found, strict=True)}
 
     def _node(self, number: int) -> Node:

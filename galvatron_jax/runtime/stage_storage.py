@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from galvatron_jax.runtime.packing import Flats, Packing
 from galvatron_jax.runtime.stage import Stage
 from galvatron_jax.runtime.storage import Group, Storage
+from galvatron_jax.runtime.turns import take_turn
 
 Place = tuple[int, str]
 """A stored array: its stage and key."""
@@ -168,10 +169,11 @@ class StageStorage:
                 x = arrays[group.key]
                 whole[group.key] = x if dim is None else lax.all_gather(x, self.axes, axis=dim, tiled=True)
 
-        def branch(case: int) -> Callable[[dict[str, Any]], Flats]:
-            return lambda whole: packing.pack(case, self._of_case(case, packing, whole, optimizer=optimizer))
+        def put(case: int, flats: Flats) -> Flats:
+            return packing.write(case, flats, self._of_case(case, packing, whole, optimizer=optimizer))
 
-        return lax.switch(lax.axis_index(self.axes), [branch(case) for case in range(self.degree)], whole)
+        programs = {case: partial(put, case) for case in range(self.degree)}
+        return take_turn(lax.axis_index(self.axes), programs, packing.zeros())
 
     def _of_case(
         self, case: int, packing: Packing[Place], whole: Mapping[str, Any], *, optimizer: bool
@@ -211,17 +213,21 @@ class StageStorage:
             case: the group of devices.
             arrays: its gradients in the optimizer's layout, by (stage, key).
         """
-        found = {}
+        found = self.nothing_exchanged()
         for reference, holders in self.shared.items():
-            owner = holders[0]
-            group, mesh = self.group(owner.stage, owner.key), self.stages[owner.stage].executor.layouts.mesh
-            shape = group.local_shape(mesh, optimizer=True)[1 if group.stacked else 0 :]
-            total = jnp.zeros(shape, group.dtype)
             for holder in self._here(case, holders):
                 x = arrays[holder.stage, holder.key]
                 x = x if holder.row is None else x[holder.row]
-                total = total + self.moved(x, holder, owner, optimizer=True)
-            found[reference] = total
+                found[reference] = found[reference] + self.moved(x, holder, holders[0], optimizer=True)
+        return found
+
+    def nothing_exchanged(self) -> dict[str, Any]:
+        """What a group of devices adds that holds no shared parameter."""
+        found = {}
+        for reference, (owner, *_) in self.shared.items():
+            group, mesh = self.group(owner.stage, owner.key), self.stages[owner.stage].executor.layouts.mesh
+            shape = group.local_shape(mesh, optimizer=True)[1 if group.stacked else 0 :]
+            found[reference] = jnp.zeros(shape, group.dtype)
         return found
 
     def with_exchanged(self, case: int, arrays: Mapping[Place, Any], totals: Mapping[str, Any]) -> dict[Place, Any]:
