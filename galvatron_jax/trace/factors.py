@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from galvatron_jax.spec.program import Factor, FactorKind, Operation, Place, Program, RuleFactor, Value
@@ -299,6 +300,7 @@ def application_of(op: FlatOp, program: FlatProgram) -> Application:
 
 def _is_zero(constant: Any) -> bool:
     """Whether a constant is a scalar zero (random keys are not)."""
-    if constant is None or np.ndim(constant) or not np.issubdtype(getattr(constant, "dtype", float), np.number):
+    # NumPy does not know bfloat16 as a number.
+    if constant is None or np.ndim(constant) or not jax.dtypes.issubdtype(getattr(constant, "dtype", float), np.number):
         return False
     return bool(constant == 0)

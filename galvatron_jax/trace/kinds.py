@@ -107,7 +107,7 @@ def same_constant(a: Any, b: Any) -> bool:
 
 
 def _is_float(a: Any) -> bool:
-    return np.issubdtype(np.asarray(a).dtype, np.floating)
+    return jax.dtypes.issubdtype(np.asarray(a).dtype, np.floating)
 
 
 @dataclass(frozen=True)
