@@ -14,8 +14,9 @@ PYTEST_ARGS ?=
 
 BENCHMARKS := planning_speed large_model compile_time step_overhead
 SEARCH_BENCHMARKS := search_speed paper_grid
+COMPILER_BENCHMARKS := pipeline_memory
 
-.PHONY: help quickstart test test-all test-gpu check lint types imports format docs bench bench-search bench-galvatron clean
+.PHONY: help quickstart test test-all test-gpu check lint types imports format docs bench bench-search bench-galvatron bench-gpu-compiler clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -58,6 +59,9 @@ bench: $(VENV)/.installed ## every benchmark at its default size, claims checked
 bench-search: $(VENV)/.installed ## searches of large spaces: their speed, and what they find
 	@set -e; for name in $(SEARCH_BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py; done
 
+bench-gpu-compiler: $(VENV)/.installed-verify ## memory by XLA's GPU compiler, for GPUs that need not be here
+	@set -e; for name in $(COMPILER_BENCHMARKS); do echo "== $$name"; JAX_PLATFORMS=cpu $(BIN)/python benchmarks/$$name.py --check; done
+
 bench-galvatron: $(VENV)/.installed ## plans against Hetu-Galvatron's: give its files by PROFILES=DIR PLANS=DIR
 	$(BIN)/python benchmarks/search_vs_galvatron.py --profiles $(PROFILES) --plans $(PLANS) --check
 
@@ -73,6 +77,10 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet --editable '.$(EXTRAS)'
+	@touch $@
+
+$(VENV)/.installed-verify: $(VENV)/.installed
+	$(PIP) install --quiet --editable ".[verify]"
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

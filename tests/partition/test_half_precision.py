@@ -24,13 +24,11 @@ def traced(family_name: str, dtype: str) -> Traced:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "vit"])
 def test_gradients_wait_for_the_end_of_the_step(family: str) -> None:
     """Scatters into zeros (of embeddings' gradients) keep their sums pending whatever the zeros' dtype."""
-    found = []
+    found, strategy = [], LayerStrategy(dp=("a", "b"))
     for dtype in ("float32", "bfloat16"):
         spec = traced(family, dtype).spec
         plans = [
-            plan_layer(
-                spec.kinds[layer.kind], LayerStrategy(dp=("a", "b")), mesh=MESH, microbatch=8, model_microbatch=8
-            )
+            plan_layer(spec.kinds[layer.kind], strategy, mesh=MESH, microbatch=8, model_microbatch=8)
             for layer in spec.layers
         ]
         synchronised = [[bool(parameter.sync) for parameter in plan.parameters] for plan in plans]
