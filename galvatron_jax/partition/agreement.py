@@ -36,14 +36,21 @@ class Agreement:
         self.static, self.strategy, self.mesh = static, strategy, mesh
         self.setting, self.ports = setting, ports
         self.planned_at, self.traced_at = planned_at, traced_at
+        self._held: tuple[tuple[int, ...], int] | None = None
+        """What holds: at some micro-batches, so many choices."""
         self._shapes: dict[int, bool] = {}
         self._checked: dict[int, int] = {}
         """By micro-batch, how many of the choices are known to hold; -1 where one does not."""
 
     def holds(self, microbatches: Sequence[int]) -> bool:
         """Whether all that was planned so far holds at some micro-batches, which with the one planned are a range."""
-        ends = {min(microbatches), max(microbatches)} - {self.planned_at}
-        return all(map(self._shapes_alike, microbatches)) and all(map(self._choices_hold, ends))
+        asked = tuple(microbatches), len(self.setting.dear)
+        if asked != self._held:
+            ends = {min(microbatches), max(microbatches)} - {self.planned_at}
+            if not (all(map(self._shapes_alike, microbatches)) and all(map(self._choices_hold, ends))):
+                return False
+            self._held = asked
+        return True
 
     def _shapes_alike(self, microbatch: int) -> bool:
         if microbatch not in self._shapes:

@@ -17,6 +17,7 @@ from galvatron_jax.spec.profile import CollectiveKind
 
 Amount = tuple[float, float]
 """What stays whatever the micro-batch, and what is proportional to it, both at the micro-batch planned."""
+NONE: Amount = (0.0, 0.0)
 Sent = tuple[Collective, bool]
 """A collective, and whether its bytes are proportional to the micro-batch."""
 
@@ -119,7 +120,7 @@ def traffic(tallies: Sequence[Tally]) -> Traffic:
     left = uses.copy()
     moved, live, peaks = [0.0, 0.0], [0.0, 0.0], [(0.0, 0.0)]
     alive: dict[Version, tuple[float, bool]] = {}
-    for read, made, fused, (moved_anyway, moved_growing), inner_peaks, _ in tallies:
+    for read, made, fused, moves, inner_peaks, _ in tallies:
         for stays, grows in inner_peaks:
             peaks.append((live[0] + stays, live[1] + grows))
         for version, size, grows in made:
@@ -128,8 +129,9 @@ def traffic(tallies: Sequence[Tally]) -> Traffic:
                 live[grows] += size
                 moved[grows] += size
                 peaks.append((live[0], live[1]))
-        moved[0] += moved_anyway
-        moved[1] += moved_growing
+        if moves is not NONE:
+            moved[0] += moves[0]
+            moved[1] += moves[1]
         for version in read:
             left[version] -= 1
             if version in alive and not left[version]:

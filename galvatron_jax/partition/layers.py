@@ -372,15 +372,23 @@ class _Context:
             for i, port, gradient in self.gradients
         )
         counts = backward.counts(through.operations)
-        read = {*gradients, *counts.read}
+        handed = frozenset(gradients)
         kept = tuple(
-            (value, number, position)
-            for value, numbers in through.versions.items()
-            for position, number in enumerate(numbers)
-            if (value, position) in read
+            [
+                (value, number, position)
+                for value, numbers in through.versions.items()
+                for position, number in enumerate(numbers)
+                if (value, position) in counts.read or (value, position) in handed
+            ]
         )
-        values_read = {value for value, _ in read}
-        reads = frozenset(i for i, port in enumerate(self.kind.inputs) if port.value in values_read)
+        reads = frozenset(
+            i
+            for i, port in enumerate(self.kind.inputs)
+            if any(
+                (port.value, version) in counts.read or (port.value, version) in handed
+                for version in range(len(backward.held[port.value].layouts))
+            )
+        )
         residual_bytes = [0, 0]
         for value, number, _ in kept:
             residual_bytes[forward.grows(value)] += int(forward.local_bytes(value, number))

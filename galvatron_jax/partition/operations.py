@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from galvatron_jax.partition.choice import Choice, is_indexed, makes_summands
-from galvatron_jax.partition.counts import Amount, Tally, combined
+from galvatron_jax.partition.counts import NONE, Amount, Tally, combined
 from galvatron_jax.partition.instructions import Apply, Decision, IndexShift, Instruction, Version
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, names_at
 from galvatron_jax.partition.setting import DearChoice, Held, Keep, Outcome, Setting
@@ -47,7 +47,7 @@ class Draft:
         self.instructions: list[Instruction] = []
         self.tallies: list[Tally] = []
         self.decisions: list[Decision] = []
-        self.flops: Amount = (0.0, 0.0)
+        self.flops: Amount = NONE
 
     def outcome(self) -> Outcome:
         """What has changed, and what was recorded."""
@@ -195,12 +195,13 @@ class Draft:
             shape = self.setting.local_shape(value, held.layouts[0], held.lazy)
             found = combined(self.setting.axes, names, op.combine, shape, self.program.itemsize[value], dtype)
             sent = ((found, self.grows(results[0])),)
-        fused = op.elementwise or op.free
+        if op.elementwise or op.free:
+            self.tallies.append(Tally(operands, self.made(results), fused=True, moved=NONE, sent=sent))
+            return
         moved = [0.0, 0.0]
-        if not fused:
-            for version in operands:
-                moved[self.grows(version)] += self.bytes_of(version)
-        self.tallies.append(Tally(operands, self.made(results), fused, (moved[0], moved[1]), sent=sent))
+        for version in operands:
+            moved[self.grows(version)] += self.bytes_of(version)
+        self.tallies.append(Tally(operands, self.made(results), fused=False, moved=(moved[0], moved[1]), sent=sent))
 
     def made(self, results: Iterable[Version]) -> tuple[tuple[Version, float, bool], ...]:
         """Versions with their local bytes, and whether these are proportional to the micro-batch."""

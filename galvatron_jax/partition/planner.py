@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from galvatron_jax.partition.counts import Amount, Counts, Tally, all_sent, traffic
+from galvatron_jax.partition.counts import NONE, Amount, Counts, Tally, all_sent, traffic
 from galvatron_jax.partition.instructions import Convert, Decision, Instruction, Loop, Version
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Role, Step
 from galvatron_jax.partition.operations import Draft, plan_operation
@@ -57,9 +57,9 @@ class Pass:
     def flops(self) -> Amount:
         """Local FLOPs of one device."""
         stays = grows = 0.0
-        for outcome in self._outcomes:
-            stays += outcome.flops[0]
-            grows += outcome.flops[1]
+        for flops in [outcome.flops for outcome in self._outcomes if outcome.flops is not NONE]:
+            stays += flops[0]
+            grows += flops[1]
         return stays, grows
 
     def counts(self, operations: int) -> Counts:

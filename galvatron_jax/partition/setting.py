@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from galvatron_jax.partition.counts import Amount, Tally, collectives
+from galvatron_jax.partition.counts import NONE, Amount, Tally, collectives
 from galvatron_jax.partition.instructions import Convert, Decision, Instruction
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Axis, Frame, Layout, Step, convert
 from galvatron_jax.partition.static import StaticFactor, StaticOp, StaticProgram
@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
     tallies: tuple[Tally, ...]
     """What each instruction counts for."""
     decisions: tuple[Decision, ...] = ()
-    flops: Amount = (0.0, 0.0)
+    flops: Amount = NONE
     """Local FLOPs of one device."""
 
 
@@ -254,12 +254,12 @@ class Setting:
         """A conversion counts its collectives; slices alone fuse with what reads them."""
         grows = self.grows(value, held.lazy)
         sent = collectives(steps, self.program.itemsize[value], self.program.program.values[value].dtype)
-        moved = self.local_bytes(value, held, source) if sent else 0.0
+        moved = self.local_bytes(value, held, source)
         return Tally(
             read=((value, source),),
             made=(((value, target), self.local_bytes(value, held, target), grows),),
             fused=not sent,
-            moved=(0.0, moved) if grows else (moved, 0.0),
+            moved=NONE if not sent else (0.0, moved) if grows else (moved, 0.0),
             sent=tuple([(each, grows) for each in sent]),
         )
 

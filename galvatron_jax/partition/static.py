@@ -212,9 +212,10 @@ class StaticKind:
 
 
 def _is_affine(program: StaticProgram, growing: frozenset[int]) -> bool:
-    return all(sum(f in growing for f in positions) <= 1 for positions in program.positions) and all(
-        sum(f.factor in growing for f in op.factors) <= 1 and (op.body is None or _is_affine(op.body, growing))
-        for op in program.operations
+    sets = [*program.positions, *([f.factor for f in op.factors] for op in program.operations)]
+    bodies = [op.body for op in program.operations if op.body is not None]
+    return all(sum(map(growing.__contains__, factors)) <= 1 for factors in sets) and all(
+        _is_affine(body, growing) for body in bodies
     )
 
 
