@@ -22,11 +22,13 @@ _REMOVES = {
     Rule.SP_WITHOUT_SEQUENCE: "sequence parallelism over more devices than the sequence divides into",
     Rule.ZERO_WITHOUT_PARAMETERS: "ZeRO for layers without parameters",
     Rule.DOMINATED: "strategies that another one beats in seconds and in bytes",
+    Rule.GPIPE: "GPipe where 1F1B that stashes residuals is tried too",
     Rule.WORK: "numbers of micro-batches, stages and schedules whose computation alone takes longer than the best",
     Rule.TP_ACROSS_NODES: "tensor and sequence parallelism across nodes",
     Rule.ULYSSES_WITH_TP: "Ulysses together with tensor parallelism in one layer",
     Rule.MICROBATCHES_ON_DEMAND: "numbers of micro-batches beyond those with which the fastest plan fits",
-    Rule.AFFINE_IN_MICROBATCH: "layer plans read off a line instead of planned",
+    Rule.BATCH_AXES: "layouts of a pipeline's batch over fewer of a stage's axes than divide it",
+    Rule.AFFINE_IN_MICROBATCH: "layer plans read off another micro-batch's instead of planned",
 }
 
 
