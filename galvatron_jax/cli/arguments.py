@@ -68,12 +68,11 @@ class Profile:
 class Search:
     """Find the best plan for a model on a cluster, which need not be here.
 
-    Pipelines are searched too, though what trains for now is one stage: --runnable asks for that. Exits 1 when no plan
-    fits the budget (of a sweep: any), and says by how much, or when --check finds a faster plan.
+    Exits 1 when no plan fits the budget (of a sweep: any), and says by how much, or when --check finds a faster plan.
 
     For example:
       galvatron-jax search --model llama:llama2-7b --cluster h100x64 --global-batch 512 --out plan.json
-      galvatron-jax search --model gpt2:xl --cluster a100x8 --memory 40GiB --runnable --json
+      galvatron-jax search --model gpt2:xl --cluster a100x8 --memory 40GiB --pipeline 1 --json
       galvatron-jax search --model mymodels:make_gpt --cluster live --profile measure
       galvatron-jax search --model runs/quickstart/model.json --cluster cluster.toml --global-batch 64:512:64 --explain
       galvatron-jax search --model bert:huge-32 --cluster titanrtx8 --sweep memory=8GiB:24GiB:4GiB --sweep devices=4,8
@@ -89,10 +88,9 @@ class Search:
     """Examples per step; of a list (64,128) or a range (64:512:64), the batch with the most examples per second."""
     num_microbatches: int | None = None
     """Micro-batches per step; left out, the search chooses."""
-    runnable: bool = False
-    """Only plans that the local executor runs: one stage."""
     pipeline: str | None = None
-    """Numbers of device groups that stages may lie on, such as 1,2,4; left out, all that the cluster makes."""
+    """Numbers of device groups that stages may lie on, such as 1,2,4, 1 being no pipeline; left out, all that the
+    cluster makes."""
     schedules: str | None = None
     """Schedules of pipelines, such as 1f1b,1f1b-stash,gpipe,interleaved; left out, all of them."""
     optimizer: str = "adamw"

@@ -23,7 +23,7 @@ from galvatron_jax.spec import files
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.presets import cluster_preset
-from galvatron_jax.spec.profile import Profile
+from galvatron_jax.spec.profile import CollectiveKind, Profile, Provenance
 from galvatron_jax.spec.validation import validate
 
 DERIVE, MEASURE, LIVE = "derive", "measure", "live"
@@ -67,8 +67,10 @@ def read_wishes(arguments: Search) -> Wishes:
             f"A batch of {wrong[0]} examples does not divide into {count} micro-batches; use one of {divisors}, or "
             "another batch size."
         )
+    pipeline = arguments.pipeline
     space = SearchSpace(
-        num_microbatches=None if count is None else (count,), pipeline_degrees=_pipeline_degrees(arguments)
+        num_microbatches=None if count is None else (count,),
+        pipeline_degrees=None if pipeline is None else parse_counts(pipeline, option="--pipeline"),
     )
     if arguments.schedules is not None:
         space = replace(space, schedules=parse_schedules(arguments.schedules))
@@ -87,11 +89,23 @@ def make_question(arguments: Search, wishes: Wishes, output: Output) -> Question
     Raises:
         GalvatronError: when one of them is missing, faulty, or does not go with the others.
     """
-    if not _is_model_spec(arguments.model):
+    if _is_model_spec(arguments.model):
+        question = _saved_question(arguments, wishes, output)
+    else:
         # It imports JAX, which a saved model does not need.
         from galvatron_jax.cli.traced import traced_question
 
-        return traced_question(arguments, wishes, output)
+        question = traced_question(arguments, wishes, output)
+    if question.profile is None or question.space.pipeline_degrees is not None or _prices_pipelines(question.profile):
+        return question
+    output.say(
+        "Only plans of one stage are searched: the profile has no timings of what stages send one another. For "
+        "pipelines search with --profile derive."
+    )
+    return replace(question, space=replace(question.space, pipeline_degrees=(1,)))
+
+
+def _saved_question(arguments: Search, wishes: Wishes, output: Output) -> Question:
     model = ModelSpec.load(arguments.model)
     output.say(f"Searching plans of {model.name} for {arguments.cluster} …")
     return Question(
@@ -103,6 +117,11 @@ def make_question(arguments: Search, wishes: Wishes, output: Output) -> Question
         memory_bytes=wishes.memory_bytes,
         space=wishes.space,
     )
+
+
+def _prices_pipelines(profile: Profile) -> bool:
+    derived = profile.provenance is Provenance.DERIVED
+    return derived or any(timing.kind is CollectiveKind.PERMUTE for timing in profile.collectives)
 
 
 def _check_files(arguments: Search) -> None:
@@ -120,18 +139,6 @@ def _check_files(arguments: Search) -> None:
             check_sweep_file(arguments.out)
     elif arguments.out is not None and Path(arguments.out).suffix not in (".json", ".toml"):
         raise InputError(f"--out: plans are written to .json and .toml files, not {arguments.out}.")
-
-
-def _pipeline_degrees(arguments: Search) -> tuple[int, ...] | None:
-    if arguments.pipeline is None:
-        return (1,) if arguments.runnable else None
-    degrees = parse_counts(arguments.pipeline, option="--pipeline")
-    if arguments.runnable and degrees != (1,):
-        raise InputError(
-            f"--pipeline {arguments.pipeline} asks for several stages, but --runnable for plans that the executor "
-            "runs, which have one; leave one of them out."
-        )
-    return degrees
 
 
 def _is_model_spec(path: str) -> bool:

@@ -4,16 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from galvatron_jax.cli import arguments
 from galvatron_jax.cli.main import main
 from galvatron_jax.spec.plan import Plan
 from galvatron_jax.spec.presets import cluster_preset
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.toml")
-SEARCH = ["search", "--model", "gpt2:tiny", "--cluster", "h100x8", "--global-batch", "16", "--runnable"]
+SEARCH = ["search", "--model", "gpt2:tiny", "--cluster", "h100x8", "--global-batch", "16", "--pipeline", "1"]
 FACTORY = """
 import jax, jax.numpy as jnp
 from flax import nnx
@@ -80,6 +82,14 @@ def test_every_command_has_help_with_examples(capfd, command):
         main([command, "--help"])
     assert caught.value.code == 0
     assert f"galvatron-jax {command} " in capfd.readouterr().out.split("For example:")[1]
+
+
+@pytest.mark.parametrize("command", [arguments.Train, arguments.Profile, arguments.Search, arguments.Show])
+def test_every_option_is_in_the_documentation(command):
+    described = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    positional, renamed = {"config", "paths"}, {"overrides": "set"}
+    names = [renamed.get(one.name, one.name) for one in fields(command) if one.name not in positional]
+    assert [name for name in names if f"--{name.replace('_', '-')}" not in described] == []
 
 
 def test_errors_are_json_too(capfd):

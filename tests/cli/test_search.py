@@ -14,9 +14,11 @@ import galvatron_jax as gx
 from galvatron_jax.api.optimizer import optimizer_memory
 from galvatron_jax.api.planning import make_request
 from galvatron_jax.cli import questions
+from galvatron_jax.cli.arguments import Search
 from galvatron_jax.cli.config import OptimizerConfig
 from galvatron_jax.cli.main import main
 from galvatron_jax.cli.optimizers import make_optimizer
+from galvatron_jax.cli.output import Output
 from galvatron_jax.cost.derive import derive_profile
 from galvatron_jax.models import gpt2
 from galvatron_jax.report import figures
@@ -24,6 +26,7 @@ from galvatron_jax.search import check
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import Plan
 from galvatron_jax.spec.presets import cluster_preset
+from galvatron_jax.spec.profile import Provenance
 
 CONFIG = gpt2.GPT2Config(vocab_size=64, seq_length=16, width=32, num_layers=2, num_heads=4, mlp_width=64)
 
@@ -61,26 +64,26 @@ def result(output):
     return json.loads(out)
 
 
-def test_pipelines_are_searched_unless_plans_shall_run(search):
+def test_pipelines_are_searched_unless_one_stage_is_asked_for(search):
     document = result(search("--pipeline", "2", "--schedules", "gpipe", "--json"))
     plan = Plan.model_validate(document["plan"])
     assert (len(plan.stages), plan.schedule, plan.pipeline_axes) == (2, "gpipe", ("a",))
-    every, alone = (result(search(*option, "--json")) for option in ([], ["--runnable"]))
+    every, alone = (result(search(*option, "--json")) for option in ([], ["--pipeline", "1"]))
     assert len(alone["plan"]["stages"]) == 1
     assert every["examples_per_s"] >= alone["examples_per_s"]
     assert every["examples_per_s"] >= document["examples_per_s"]
 
 
 def test_of_a_range_of_batches_the_fastest_wins(search):
-    document = result(search("--runnable", "--json", batch="8:32:8"))
-    single = [result(search("--runnable", "--json", batch=batch))["examples_per_s"] for batch in (8, 16, 24, 32)]
+    document = result(search("--pipeline", "1", "--json", batch="8:32:8"))
+    single = [result(search("--pipeline", "1", "--json", batch=batch))["examples_per_s"] for batch in (8, 16, 24, 32)]
     assert document["examples_per_s"] == max(single)
 
 
 def test_a_saved_model_is_searched_without_jax(path):
     code = (
         "import sys; from galvatron_jax.cli.main import main; "
-        f"assert main(['search', '--model', '{path}', '--cluster', 'h100x2', '--runnable']) == 0; "
+        f"assert main(['search', '--model', '{path}', '--cluster', 'h100x2', '--pipeline', '1']) == 0; "
         "assert 'jax' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ})
@@ -131,7 +134,7 @@ def test_a_plan_of_several_stages_is_saved_shown_and_drawn(search, capfd, tmp_pa
 
 
 def test_one_stage_has_no_timeline_to_draw(search, tmp_path):
-    code, _, err = search("--runnable", "--timeline", tmp_path / "timeline.json")
+    code, _, err = search("--pipeline", "1", "--timeline", tmp_path / "timeline.json")
     assert code == 0
     assert "not written: the plan has one stage, so there is no schedule to draw" in err
     assert not (tmp_path / "timeline.json").exists()
@@ -159,7 +162,7 @@ def test_the_check_confirms_the_winner_and_exits_1_when_it_does_not(search, monk
 
 
 def test_a_sweep_prints_a_table_and_writes_it(search, tmp_path):
-    arguments = ["--runnable", "--sweep", "memory=100KiB,400KiB,2MiB", "--sweep", "devices=1,2"]
+    arguments = ["--pipeline", "1", "--sweep", "memory=100KiB,400KiB,2MiB", "--sweep", "devices=1,2"]
     code, out, err = search(*arguments, "--out", tmp_path / "sweep.csv")
     assert code == 0
     assert "Sweep: small on NVIDIA H100 80GB HBM3, batch 16: 3 of memory × 2 of devices" in out
@@ -175,14 +178,14 @@ def test_a_sweep_prints_a_table_and_writes_it(search, tmp_path):
 
 
 def test_a_sweep_in_which_nothing_fits_exits_1(search):
-    code, out, _ = search("--runnable", "--sweep", "memory=1KiB,2KiB")
+    code, out, _ = search("--pipeline", "1", "--sweep", "memory=1KiB,2KiB")
     assert code == 1
     assert out.count("nothing fits: the nearest plan") == 2
 
 
 def test_a_sweep_is_drawn(search, tmp_path):
     pytest.importorskip("matplotlib")
-    arguments = ["--runnable", "--sweep", "batch=8,16", "--sweep", "intra-bandwidth=x1,x2"]
+    arguments = ["--pipeline", "1", "--sweep", "batch=8,16", "--sweep", "intra-bandwidth=x1,x2"]
     assert search(*arguments, "--plot", tmp_path / "plots" / "sweep.png")[0] == 0
     assert (tmp_path / "plots" / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
@@ -199,7 +202,6 @@ def test_a_missing_matplotlib_is_noticed_before_the_search(search, monkeypatch, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--runnable", "--pipeline", "2"], "--pipeline 2 asks for several stages, but --runnable for plans that"),
         (["--pipeline", "two"], "--pipeline: 'two' is no whole number."),
         (["--pipeline", "3"], "No pipeline degree of (3,) can be made of 2 devices"),
         (["--schedules", "1f1c"], "--schedules: no schedule '1f1c' of pipelines. Did you mean '1f1b'?"),
@@ -231,11 +233,25 @@ def test_wrong_input_exits_2_and_says_what_to_change(search, arguments, message)
 def test_another_models_profile_is_refused(search, path, tmp_path):
     profile = derive_profile(ModelSpec.load(path), cluster_preset("h100x2"))
     profile.save(tmp_path / "mine.json")
-    assert search("--runnable", "--profile", tmp_path / "mine.json")[0] == 0
+    assert search("--pipeline", "1", "--profile", tmp_path / "mine.json")[0] == 0
     profile.model_copy(update={"model_fingerprint": "other"}).save(tmp_path / "other.json")
     code, _, err = search("--profile", tmp_path / "other.json")
     assert code == 2
     assert "The profile was made for model other" in err
+
+
+@pytest.mark.parametrize(
+    ("provenance", "pipeline", "degrees"),
+    [("measured", None, (1,)), ("measured", "1,2", (1, 2)), ("derived", None, None)],
+)
+def test_pipelines_need_a_profile_of_what_stages_send(path, tmp_path, capfd, provenance, pipeline, degrees):
+    profile = derive_profile(ModelSpec.load(path), cluster_preset("h100x2"))
+    profile.model_copy(update={"provenance": Provenance(provenance)}).save(tmp_path / "profile.json")
+    arguments = Search(str(path), "h100x2", profile=str(tmp_path / "profile.json"), pipeline=pipeline)
+    question = questions.make_question(arguments, questions.read_wishes(arguments), Output(as_json=False))
+    assert question.space.pipeline_degrees == degrees
+    said = "Only plans of one stage are searched: the profile has no timings of what stages send one another."
+    assert (said in capfd.readouterr().err) == (degrees == (1,))
 
 
 def test_an_infeasible_pipeline_names_the_groups_over_the_budget(search):
