@@ -247,33 +247,46 @@ class Bounds:
 
 @lru_cache(maxsize=256)
 def _ramp(kinds: TickKinds, recomputes: bool) -> tuple[float, np.ndarray]:
-    """Ticks in which every group does both; and what a second of each stage costs at least in the others.
+    """Ticks in which every group does both; and what a second of each stage costs at least in the others."""
+    steady, pairs = mirrored(kinds, recomputes=recomputes)
+    weight = np.zeros(kinds.forward.shape[1])
+    for who, ticks in pairs:
+        weight[who] += ticks / who.sum()
+    return steady, weight
+
+
+def mirrored(kinds: TickKinds, *, recomputes: bool) -> tuple[float, list[tuple[np.ndarray, float]]]:
+    """Ticks and their mirror images.
 
     A tick's mirror image has backward where it has forward: together they take what their slowest stage takes for
-    both, twice where it does both in both. The average over those stages is no more.
+    both, twice where it does both in both.
 
     Args:
         kinds: of a schedule with one stage per group.
         recomputes: whether the last stage's forward is part of its backward.
+
+    Returns:
+        Ticks in which every stage does both; and stages, bool[stages], with how often the others take at least what
+        the slowest of those stages takes for both.
     """
     forward = kinds.forward.copy()
     if recomputes:
         forward[:, -1] |= kinds.backward[:, -1]
     compared = slice(None, -1) if recomputes else slice(None)
-    steady, weight = 0.0, np.zeros(forward.shape[1])
-    waiting: dict[tuple, int] = {}
-    for kind, (one, other, count) in enumerate(zip(forward, kinds.backward, kinds.count, strict=True)):
+    steady, pairs = 0.0, []
+    waiting: set[tuple] = set()
+    for one, other, count in zip(forward, kinds.backward, kinds.count, strict=True):
         if one.all() and other.all():
             steady += count
             continue
-        twin = waiting.pop((other[compared].tobytes(), one.tobytes(), int(count)), None)
-        if twin is None:
-            waiting[one[compared].tobytes(), other.tobytes(), int(count)] = kind
+        twin = (other[compared].tobytes(), one.tobytes(), int(count))
+        if twin not in waiting:
+            waiting.add((one[compared].tobytes(), other.tobytes(), int(count)))
             continue
+        waiting.remove(twin)
         twice, once = one & other, one | other
-        who = twice if twice.any() else once
-        weight[who] += (2.0 if twice.any() else 1.0) * count / who.sum()
-    return steady, weight
+        pairs.append((twice, 2.0 * count) if twice.any() else (once, float(count)))
+    return steady, pairs
 
 
 @dataclass(frozen=True, eq=False)

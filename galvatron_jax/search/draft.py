@@ -14,7 +14,7 @@ from galvatron_jax.search.fronts import StageFront
 from galvatron_jax.search.pipeline import Pipeline, PipelineSolution, evaluate
 from galvatron_jax.search.sketch import SketchBuilder
 
-_STARTS = 4
+_STARTS = 2
 """Cuts to begin from, the fastest."""
 _MOVES = 100
 _BETTER = 1e-9

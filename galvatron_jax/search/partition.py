@@ -321,20 +321,25 @@ class PipelineSolver:
                 return best
         return None
 
-    def improve(self, found: PipelineSolution) -> PipelineSolution:
-        """The solution with better options, and with its cuts moved by a layer while that helps."""
+    def improve(self, found: PipelineSolution, *, exact: bool = True) -> PipelineSolution:
+        """The solution with better options, and with its cuts moved by a layer while that helps.
+
+        Args:
+            found: the solution.
+            exact: whether options are polished thoroughly.
+        """
         if self.problem.num_chunks > 1:
             return found
         builder = SketchBuilder(self.problem, self.bounds, self.budget_bytes)
         limits = {"budget_bytes": self.budget_bytes, "deadline": self.deadline}
-        found = exchange(self.problem, polish(self.problem, found, **limits), **limits)
+        found = exchange(self.problem, polish(self.problem, found, exact=exact, **limits), **limits)
         while True:
             moved = sorted(builder.neighbours(found), key=lambda other: other.seconds)[:_NEIGHBOURS]
             moved = [exchange(self.problem, other, **limits) for other in moved]
             best = min(moved, key=lambda other: other.seconds, default=found)
             if best.seconds >= found.seconds * (1 - TOLERANCE):
                 return found
-            found = exchange(self.problem, polish(self.problem, best, **limits), **limits)
+            found = exchange(self.problem, polish(self.problem, best, exact=exact, **limits), **limits)
 
     def exact(self, upper_s: float) -> tuple[PipelineSolution | None, float]:
         """The optimum if it is faster than `upper_s`; or, where that takes too many labels, what no solution undercuts.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.pipeline import Pipelining
@@ -21,7 +21,7 @@ from galvatron_jax.spec.strategy import LayerStrategy
 
 _NEAR = 1.03
 """Drafts slower than the best plan by no more than this are worth improving."""
-_IMPROVED = 6
+_IMPROVED = 3
 """Drafts improved at most, the fastest."""
 _GROWTH = 1.25
 """From one budget to the next, where none fits the one given."""
@@ -181,7 +181,8 @@ class PipelineSearch:
     def _pipelinings(self, layout: Layout, cell: _Cell, layers: int) -> list[Pipelining]:
         """The schedules of a cell that may hold the best plan."""
         every = [one for one in schedules_of(layout, self.space) if one.num_stages <= layers]
-        found = [one for one in every if self._promising(cell.least_s(one))]
+        upper = self._upper_s * (1 - TOLERANCE)
+        found = [one for one in every if cell.work is None or cell.work.undercuts(one, upper)]
         self.effort.pruned[Rule.WORK] += len(every) - len(found)
         return found
 
@@ -200,7 +201,7 @@ class PipelineSearch:
 
     def _problems(
         self, builder: PipelineBuilder, layout: Layout, count: int, pipelinings: list[Pipelining]
-    ) -> list[PipelineProblem]:
+    ) -> list[tuple[PipelineProblem, PipelineSolver]]:
         """Some schedules with all batch layouts, the lowest bound first."""
         found, every = [], batch_axes_for(layout.stage_axes, self.global_batch // count)
         if self.space.applies(Rule.BATCH_AXES) and pipelinings:
@@ -212,37 +213,47 @@ class PipelineSearch:
                 for pipeline in builder.build(pipelining, batching):
                     solver = self._solver(pipeline)
                     if solver is not None:
-                        found.append(PipelineProblem(builder, pipelining, batching, pipeline, solver.bound_s))
+                        problem = PipelineProblem(builder, pipelining, batching, pipeline, solver.bound_s)
+                        found.append((problem, solver))
         self.effort.problems += len(found)
-        return sorted(found, key=lambda problem: problem.bound_s)
+        return sorted(found, key=lambda pair: pair[0].bound_s)
 
     def _solver(self, pipeline: Pipeline) -> PipelineSolver | None:
         return PipelineSolver.of(pipeline, budget_bytes=self.memory_bytes, deadline=self.deadline)
 
-    def _draft(self, problems: list[PipelineProblem]) -> Iterator[_Drafted]:
-        for problem in problems:
-            solver = self._solver(problem.pipeline) if self._promising(problem.bound_s) else None
-            if solver is None:
+    def _draft(self, problems: list[tuple[PipelineProblem, PipelineSolver]]) -> Iterator[_Drafted]:
+        for problem, solver in problems:
+            if not self._promising(problem.bound_s):
                 continue
             self.effort.solved += 1
             bound = solver.bound(self._upper_s)
             if not self._promising(bound):
                 continue
-            solution = None if self._late() else solver.draft()
+            solution = None if self._late() else solver.draft() or solver.sketch(self._upper_s)
             self.effort.labels += solver.labels
             self._offer(problem, solution)
             yield _Drafted(problem, bound, solution)
 
     def _improve(self, drafted: list[_Drafted]) -> list[_Drafted]:
-        """Improves the fastest drafts. Returns all."""
-        fastest = sorted(drafted, key=lambda one: one.seconds)
-        for one in fastest[:_IMPROVED]:
-            if one.seconds > self._upper_s * _NEAR or not self._promising(one.bound_s) or self._late():
-                continue
+        """Improves the fastest drafts, of those that differ in the layouts of tied parameters one. Returns all."""
+        best: dict[tuple, _Drafted] = {}
+        for one in sorted(drafted, key=lambda one: one.seconds):
+            best.setdefault((one.problem.pipelining, one.problem.batching), one)
+        better = []
+        for one in list(best.values())[:_IMPROVED]:
             solver = self._solver(one.problem.pipeline)
-            if solver is not None and one.solution is not None:
+            near = one.seconds <= self._upper_s * _NEAR and self._promising(one.bound_s)
+            if solver is None or one.solution is None or not near or self._late():
+                continue
+            found = [solver.improve(one.solution, exact=False), solver.sketch(self._upper_s)]
+            for solution in found:
+                self._offer(one.problem, solution)
+                if solution is not None:
+                    better.append(replace(one, solution=solution))
+        for one in sorted(better, key=lambda one: one.seconds)[:1]:
+            solver = self._solver(one.problem.pipeline)
+            if solver is not None and one.solution is not None and not self._late():
                 self._offer(one.problem, solver.improve(one.solution))
-                self._offer(one.problem, solver.sketch(self._upper_s))
         return drafted
 
     def _close(self, drafted: list[_Drafted]) -> None:

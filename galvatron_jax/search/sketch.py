@@ -36,6 +36,34 @@ class _Paths:
     workspace: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """Pairs of paths to begin and to end on: neighbours by price, and each with itself."""
+
+    ahead: np.ndarray
+    """int64[pairs]"""
+    after: np.ndarray
+    resident: np.ndarray
+    """Sums over the first layers. float64[paths, layers + 1]"""
+    seconds: np.ndarray
+
+    @classmethod
+    def of(cls, resident: np.ndarray, seconds: np.ndarray) -> _Pairs:
+        """The pairs of paths with these bytes and seconds per layer."""
+        paths = np.arange(len(resident))
+        ahead = np.concatenate([paths[:-1], paths[1:], paths])
+        after = np.concatenate([paths[1:], paths[:-1], paths])
+        nothing = np.zeros((len(paths), 1))
+        resident, seconds = (np.concatenate([nothing, part.cumsum(1)], axis=1) for part in (resident, seconds))
+        return cls(ahead, after, resident, seconds)
+
+    def between(self, sums: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """What layers `start` to `stop - 1` take, by the layer that changes to the second path. [pairs, layers]."""
+        change = sums[:, start:stop]
+        ends = sums[self.after, stop] - sums[self.ahead, start]
+        return (change[self.ahead] - change[self.after]) + ends[:, None]
+
+
 @dataclass
 class SketchBuilder:
     """Stages of one problem, each with its one good choice."""
@@ -46,6 +74,7 @@ class SketchBuilder:
     grown: int = 0
     complete: bool = False
     _paths: dict[int, _Paths] = field(default_factory=dict, repr=False)
+    _joined: dict[int, _Pairs] = field(default_factory=dict, repr=False)
     _fronts: dict[tuple[int, int, int], StageFront] = field(default_factory=dict, repr=False)
 
     def front(self, stage: int, start: int, stop: int) -> StageFront:
@@ -105,6 +134,13 @@ class SketchBuilder:
         options = options[np.sort(np.unique(options, axis=0, return_index=True)[1])]
         return self._sum(options, kept)
 
+    def _pairs(self, stage: int) -> _Pairs:
+        kept = self.problem.residuals_kept(stage)
+        if kept not in self._joined:
+            paths = self.paths(stage)
+            self._joined[kept] = _Pairs.of(paths.resident, paths.seconds @ self._weight + paths.once)
+        return self._joined[kept]
+
     def _sum(self, options: np.ndarray, kept: int) -> _Paths:
         problem = self.problem
         layers = problem.layers
@@ -129,27 +165,15 @@ class SketchBuilder:
         problem, paths = self.problem, self.paths(stage)
         # Chunks of one group share its bytes evenly here.
         limit = self.budget_bytes / problem.num_chunks - problem.kept_bytes(stage, start, stop)
-        here = slice(start, stop)
-        resident, workspace = paths.resident[:, here], paths.workspace[:, here]
-        seconds = (paths.seconds[:, here] @ self._weight) + paths.once[:, here]
-        # Begin on one path, end on the next: every place to change, either way round. A change at 0 is none.
-        best: tuple[float, int, int, int] | None = None
-        count = len(paths.options)
-        for step in (1, -1, 0):
-            ahead = np.arange(count)
-            after = ahead + step
-            there = (after >= 0) & (after < count)
-            if not there.any():
-                continue
-            ahead, after = ahead[there], after[there]
-            needed = _mixed(resident, ahead, after) + _joined_max(workspace, ahead, after)
-            cost = np.where(needed <= limit, _mixed(seconds, ahead, after), np.inf)
-            pair, cut = np.unravel_index(int(np.argmin(cost)), cost.shape)
-            if np.isfinite(cost[pair, cut]) and (best is None or cost[pair, cut] < best[0]):
-                best = float(cost[pair, cut]), int(ahead[pair]), int(after[pair]), int(cut)
-        if best is None:
+        # Begin on one path, end on another: every place to change. A change at the start is none.
+        here, pairs = slice(start, stop), self._pairs(stage)
+        workspace = _joined_max(paths.workspace[:, here], pairs.ahead, pairs.after)
+        needed = pairs.between(pairs.resident, start, stop) + workspace
+        cost = np.where(needed <= limit, pairs.between(pairs.seconds, start, stop), np.inf)
+        pair, cut = np.unravel_index(int(cost.argmin()), cost.shape)
+        if not np.isfinite(cost[pair, cut]):
             return self._nothing()
-        _, first, second, cut = best
+        first, second = pairs.ahead[pair], pairs.after[pair]
         chosen = np.concatenate([paths.options[first, start : start + cut], paths.options[second, start + cut : stop]])
         return self._front(stage, start, stop, self._translated(chosen, start, stop))
 
@@ -226,15 +250,8 @@ def _resident(options: StageOptions, kept: int) -> np.ndarray:
     return options.static_bytes + kept * options.residual_bytes
 
 
-def _mixed(values: np.ndarray, ahead: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Sums that begin on one path and end on another, for every place to change. [pairs, layers]."""
-    head = np.concatenate([np.zeros((len(values), 1)), np.cumsum(values, axis=1)], axis=1)
-    tail = head[:, -1:] - head
-    return (head[ahead] + tail[after])[:, :-1]
-
-
 def _joined_max(values: np.ndarray, ahead: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """The same for the largest value."""
+    """The largest value of what begins on one path and ends on another, for every place to change. [pairs, layers]."""
     head = np.concatenate([np.zeros((len(values), 1)), np.maximum.accumulate(values, axis=1)], axis=1)
     tail = np.maximum.accumulate(values[:, ::-1], axis=1)[:, ::-1]
     return np.maximum(head[ahead, :-1], tail[after])

@@ -14,6 +14,7 @@ from galvatron_jax.cost.compute import Roofline
 from galvatron_jax.cost.model import CostModel
 from galvatron_jax.cost.pipeline import Pipelining
 from galvatron_jax.cost.schedules import recomputes, tick_kinds
+from galvatron_jax.search.bounds import mirrored
 from galvatron_jax.search.space import SearchSpace
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import MeshAxis, Schedule
@@ -22,6 +23,8 @@ from galvatron_jax.spec.strategy import LayerStrategy
 
 _ROUNDING = 1e-6
 _DIGITS = 7
+_SMALL = 16
+"""Groups up to which every tick is looked at by itself, not only with its mirror image."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,28 @@ class Work:
         """Seconds of a step whose stages are alike: about what a good plan takes."""
         return (self.forward_s + self.backward_s) / degree * (self.count + degree - 1)
 
+    def undercuts(self, pipelining: Pipelining, upper_s: float) -> bool:
+        """Whether the work alone leaves room for a step faster than `upper_s`."""
+        both, degree = self.forward_s + self.backward_s, pipelining.degree
+        if both * (1 + 2 * pipelining.recomputes) * (self.count + degree - 1) < upper_s * degree:
+            return True  # Even stages do, and so do the best ones.
+        steady = both * self.count * _alike(self._again(pipelining), degree) * (1 - _ROUNDING)
+        return steady < upper_s and self.least_s(pipelining) < upper_s
+
     def least_s(self, pipelining: Pipelining) -> float:
         """Seconds of a step that no plan with this schedule undercuts."""
+        share, degree = self._share, pipelining.degree
+        least = _least_makespan(pipelining.schedule, degree, self.count, pipelining.num_chunks, share)
+        return (self.forward_s + self.backward_s) * least * (1 - _ROUNDING)
+
+    @property
+    def _share(self) -> float:
+        """Of forward in all work."""
         both = self.forward_s + self.backward_s
-        share = round(self.forward_s / both, _DIGITS) if both else 0.0
-        least = _least_makespan(pipelining.schedule, pipelining.degree, self.count, pipelining.num_chunks, share)
-        return both * least * (1 - _ROUNDING)
+        return round(self.forward_s / both, _DIGITS) if both else 0.0
+
+    def _again(self, pipelining: Pipelining) -> float:
+        return self._share if pipelining.recomputes else 0.0
 
 
 @dataclass(frozen=True)
@@ -82,31 +101,54 @@ class Computation:
         return Work(forward, backward, count)
 
 
+def _alike(again: float, degree: int) -> float:
+    """Part of a micro-batch's second that every stage takes if all take alike.
+
+    All but the last stage repeat the forward, which takes `again`.
+    """
+    return (1 + again) / (again + degree)
+
+
 @lru_cache(maxsize=4096)
 def _least_makespan(schedule: Schedule, degree: int, count: int, chunks: int, share: float) -> float:
     """Seconds of a step when a micro-batch takes one second, shared out over the stages as it is best.
 
     A linear program over the stages' parts; forward takes `share` of the second.
     """
-    if schedule is Schedule.ONE_F_ONE_B_STASH and count > 2 * degree:
-        # Even parts are the best: every tick and its mirror image can be charged to stages such that all are charged
-        # alike (the first forwards to the stage they have reached, the last to the one they have left).
-        return (count + degree - 1) / degree
-    kinds = tick_kinds(schedule, num_stages=degree, num_microbatches=count, num_chunks=chunks)
     again = share if recomputes(schedule) else 0.0
-    tick, stage = np.nonzero(kinds.forward | kinds.backward)
-    seconds = (share * kinds.forward + (1 - share + again) * kinds.backward)[tick, stage]
-    ticks, stages = kinds.forward.shape
-    row = tick * degree + stage % degree
-    every = np.arange(ticks * degree)
+    if schedule in (Schedule.ONE_F_ONE_B, Schedule.ONE_F_ONE_B_STASH) and count > 2 * degree:
+        # Stages that take alike are the best: every tick and its mirror image can be charged to stages such that none
+        # gains by a smaller part (the first forwards to the stage they have reached, the last to the one they leave).
+        return (count + degree - 1) * _alike(again, degree)
+    kinds = tick_kinds(schedule, num_stages=degree, num_microbatches=count, num_chunks=chunks)
+    if chunks == 1 and degree > _SMALL:
+        steady, pairs = mirrored(kinds, recomputes=recomputes(schedule))
+        who = np.stack([np.ones(degree, bool), *(stages for stages, _ in pairs)])
+        seconds = np.append(np.full(degree - 1, 1 + again), 1.0)
+        return _least_sum(np.array([steady, *(ticks for _, ticks in pairs)]), who * seconds, degree)
+    seconds = share * kinds.forward + (1 - share + again) * kinds.backward
+    return _least_sum(kinds.count, seconds, degree)
+
+
+def _least_sum(count: np.ndarray, seconds: np.ndarray, groups: int) -> float:
+    """Least sum of ticks over parts of the stages that sum to one, a tick being what its slowest group takes.
+
+    Args:
+        count: ticks of each kind. float64[kinds]
+        seconds: of a stage's whole part. float64[kinds, stages]
+        groups: stage `k` lies on group `k % groups`.
+    """
+    ticks, stages = seconds.shape
+    tick, stage = np.nonzero(seconds)
+    place, row = np.unique(tick * groups + stage % groups, return_inverse=True)
     rows = csr_array(
         (
-            np.concatenate([-np.ones(len(every)), seconds]),
-            (np.concatenate([every, row]), np.concatenate([every // degree, ticks + stage])),
+            np.concatenate([-np.ones(len(place)), seconds[tick, stage]]),
+            (np.concatenate([np.arange(len(place)), row]), np.concatenate([place // groups, ticks + stage])),
         ),
-        shape=(len(every), ticks + stages),
+        shape=(len(place), ticks + stages),
     )
     whole = np.concatenate([np.zeros(ticks), np.ones(stages)])[None]
-    objective = np.concatenate([kinds.count, np.zeros(stages)])
-    found = linprog(objective, A_ub=rows, b_ub=np.zeros(len(every)), A_eq=whole, b_eq=np.ones(1))
+    objective = np.concatenate([count, np.zeros(stages)])
+    found = linprog(objective, A_ub=rows, b_ub=np.zeros(len(place)), A_eq=whole, b_eq=np.ones(1))
     return float(found.fun) if found.status == 0 else 0.0
