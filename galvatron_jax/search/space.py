@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import string
@@ -114,7 +115,7 @@ class SearchSpace:
         """
         kept = self._admitted(kind, mesh, microbatch, pruned)
         return tuple(
-            LayerStrategy(dp=dp, tp=tp, sp=sp, sp_kind=sp_kind, zero=zero, remat=remat)
+            _strategy(dp, tp, sp, sp_kind, zero, remat)
             for remat in self.remat
             for zero in self.zero
             for dp, tp, sp, sp_kind in kept
@@ -181,6 +182,14 @@ class SearchSpace:
             pruned[Rule.ZERO_WITHOUT_PARAMETERS] += 1
             return False
         return True
+
+
+@functools.lru_cache(maxsize=65536)
+def _strategy(
+    dp: tuple[str, ...], tp: tuple[str, ...], sp: tuple[str, ...], sp_kind: SequenceParallel, zero: int, remat: Remat
+) -> LayerStrategy:
+    """The one object for a strategy: they are listed for every layer kind and micro-batch."""
+    return LayerStrategy(dp=dp, tp=tp, sp=sp, sp_kind=sp_kind, zero=zero, remat=remat)
 
 
 _Axes = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], SequenceParallel]
