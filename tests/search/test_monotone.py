@@ -1,4 +1,4 @@
-"""What helps a pipeline never makes its optimum worse."""
+"""What helps a pipeline, or a whole search, never makes its optimum worse; and rules that prune lose nothing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from galvatron_jax.errors import InfeasibleError
+from galvatron_jax.search import Rule, SearchSpace
 from galvatron_jax.search.partition import solve_pipeline
 from galvatron_jax.search.pipeline import Pipeline, StageOptions
+from galvatron_jax.search.question import Question
+from galvatron_jax.search.space import HEURISTICS
+from galvatron_jax.spec.cluster import ClusterSpec
+from galvatron_jax.spec.plan import Schedule
+from galvatron_jax.spec.strategy import Remat
+from tests.search.fake import FakePlanner, cluster, toy_model
 from tests.search.pipelines import random_pipeline
+from tests.search.questions import question
 
 SEEDS = st.integers(0, 2**32 - 1)
 CHANGES = settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -140,3 +149,105 @@ def test_less_to_compute_and_to_keep_is_never_slower(seed: int) -> None:
         fixed_bytes=problem.fixed_bytes // 2,
     )
     assert optimum(lighter_problem, budget) <= optimum(problem, budget) * (1 + 1e-9)
+
+
+# ---------------------------------------------------------------------------------------------- whole searches
+
+SEARCHES = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+SPACE = SearchSpace(
+    zero=(0, 3), remat=(Remat.NONE, Remat.FULL), sequence=(), num_microbatches=(1, 4), pipeline_degrees=None
+)
+QUESTIONS = st.builds(
+    lambda blocks, tied, skip, width, devices, work, memory: question(
+        model=toy_model(blocks, tied=tied, skip=skip, width=width),
+        cluster=cluster(*devices),
+        planner=FakePlanner(work),
+        memory_bytes=memory,
+        space=SPACE,
+    ),
+    blocks=st.integers(1, 3),
+    tied=st.booleans(),
+    skip=st.booleans(),
+    width=st.sampled_from([16, 64, 256]),
+    devices=st.sampled_from([(1, 2), (2, 1), (2, 2), (1, 4)]),
+    work=st.sampled_from([0.1, 1.0, 30.0]),
+    memory=st.sampled_from([60_000, 120_000, 250_000, 500_000, 2_000_000]),
+)
+
+
+def least_s(asked: Question) -> float:
+    """Seconds of the fastest plan, proven; infinite where none fits."""
+    try:
+        found = asked.answer(runners_up=False)
+    except InfeasibleError:
+        return math.inf
+    assert found.statistics.proven
+    return found.prediction.time.step_s
+
+
+def faster(where: ClusterSpec, link: str, factor: float) -> ClusterSpec:
+    """The cluster with one kind of link quicker."""
+    old = getattr(where, link)
+    changed = {
+        "bandwidth_bytes_per_s": old.bandwidth_bytes_per_s * factor,
+        "latency_s": old.latency_s / factor,
+    }
+    return where.model_copy(update={link: old.model_copy(update=changed)})
+
+
+@SEARCHES
+@given(QUESTIONS)
+def test_a_search_with_more_memory_is_never_slower(asked: Question) -> None:
+    assert asked.memory_bytes is not None
+    budgets = [int(asked.memory_bytes * share) for share in (0.5, 0.9, 1, 1.1, 2, 100)]
+    seconds = [least_s(replace(asked, memory_bytes=budget)) for budget in budgets]
+    for less, more in itertools.pairwise(seconds):
+        assert more <= less * (1 + 1e-9)
+    assert math.isfinite(seconds[-1])
+
+
+@SEARCHES
+@given(QUESTIONS, st.sampled_from(["intra", "inter"]))
+def test_a_search_with_faster_links_is_never_slower(asked: Question, link: str) -> None:
+    quicker = replace(asked, cluster=faster(asked.cluster, link, 3.0))
+    assert least_s(quicker) <= least_s(asked) * (1 + 1e-9)
+
+
+@SEARCHES
+@given(QUESTIONS)
+def test_a_search_of_more_plans_is_never_slower(asked: Question) -> None:
+    whole = least_s(asked)
+    fewer = (
+        {"pipeline_degrees": (1,)},
+        {"pipeline_degrees": (2,)},
+        {"schedules": (Schedule.ONE_F_ONE_B,)},
+        {"schedules": (Schedule.GPIPE,)},
+        {"num_microbatches": (4,)},
+        {"zero": (0,)},
+        {"remat": (Remat.NONE,)},
+        {"tp": False},
+    )
+    for change in fewer:
+        assert whole <= least_s(replace(asked, space=replace(asked.space, **change))) * (1 + 1e-9)
+
+
+@SEARCHES
+@given(QUESTIONS)
+def test_more_devices_are_never_slower_where_links_cost_next_to_nothing(asked: Question) -> None:
+    seconds = [
+        least_s(replace(asked, cluster=faster(cluster(1, devices), "intra", 1e9), memory_bytes=2**40))
+        for devices in (1, 2, 4)
+    ]
+    for fewer, more in itertools.pairwise(seconds):
+        assert more <= fewer * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("rule", sorted(Rule))
+@settings(SEARCHES, max_examples=5)
+@given(QUESTIONS)
+def test_a_rule_switched_off_changes_no_optimum_unless_it_is_a_heuristic(rule: Rule, asked: Question) -> None:
+    without = least_s(replace(asked, space=replace(asked.space, disabled_rules=frozenset({rule}))))
+    if rule in HEURISTICS:
+        assert without <= least_s(asked) * (1 + 1e-9)
+    else:
+        assert without == pytest.approx(least_s(asked), rel=1e-9)
