@@ -44,6 +44,9 @@ STARTS: dict[str, dict[int, tuple[int, ...]]] = {
 }
 """Per model and number of virtual stages, their first layers: never an even share."""
 
+LAYERS = {"gpt2_tied_dropout": 6, "llama": 6, "t5": 7, "swin": 10, "moe": 4}
+"""Layers of each model, embedding and head included."""
+
 SAMPLE = {
     ("gpt2_tied_dropout", 2, Schedule.ONE_F_ONE_B, "every-kind"), ("llama", 4, Schedule.ONE_F_ONE_B_STASH, "dp-and-tp"),
     ("t5", 2, Schedule.ONE_F_ONE_B_STASH, "dp-and-tp"), ("gpt2_tied_dropout", 2, Schedule.INTERLEAVED, "zero3"),
@@ -70,7 +73,7 @@ class PipelineCase:
         """First layers of the virtual stages."""
         count = self.degree * (2 if self.schedule is Schedule.INTERLEAVED else 1)
         if count == 8:
-            return _eighths(len(traced(self.model).spec.layers))
+            return _eighths(LAYERS[self.model])
         return STARTS[self.model][count]
 
     def plan(self) -> Plan:
@@ -136,17 +139,20 @@ def cases() -> Iterable[PipelineCase]:
         for degree, mixes in MIXES.items():
             for schedule in SCHEDULES:
                 stages = degree * (2 if schedule is Schedule.INTERLEAVED else 1)
-                if stages <= len(traced(model).spec.layers):
+                if stages <= LAYERS[model]:
                     yield from (PipelineCase(model, degree, schedule, mix) for mix in mixes if mix != "dp")
 
 
-def parameters() -> list:
-    """The cases for `pytest.mark.parametrize`: all but the sample is slow."""
-    return [
-        pytest.param(
-            case,
-            id=str(case),
-            marks=() if (case.model, case.degree, case.schedule, case.mix) in SAMPLE else (pytest.mark.slow,),
-        )
-        for case in cases()
-    ]
+def parameters(*, every: int = 1, sample: int = len(SAMPLE)) -> list:
+    """The cases for `pytest.mark.parametrize`: all but the sample is slow.
+
+    Args:
+        every: takes one of so many of those beyond the sample.
+        sample: how many of the sample are not slow.
+    """
+    quick = [case for case in cases() if (case.model, case.degree, case.schedule, case.mix) in SAMPLE]
+    rest = [case for case in cases() if case not in quick][::every]
+    marks = [() if number < sample else (pytest.mark.slow,) for number in range(len(quick))] + [
+        (pytest.mark.slow,)
+    ] * len(rest)
+    return [pytest.param(case, id=str(case), marks=mark) for case, mark in zip(quick + rest, marks, strict=True)]

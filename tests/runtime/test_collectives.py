@@ -80,7 +80,7 @@ def test_gradients_are_synchronised_once_whatever_the_number_of_microbatches(mod
     assert one == four
 
 
-@pytest.mark.parametrize("case", pipelines.parameters())
+@pytest.mark.parametrize("case", pipelines.parameters(every=8, sample=3))
 def test_collectives_of_pipelines_are_as_planned(case: PipelineCase) -> None:
     step = case.build(OPTIMIZER)
     planned = predicted_collectives(step)

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from galvatron_jax.errors import InputError
+from galvatron_jax.models import registry
 from galvatron_jax.runtime.optimizer_state import nested
 from galvatron_jax.runtime.program import State, StepProgram
 from galvatron_jax.runtime.step import build_step
@@ -20,7 +21,7 @@ from galvatron_jax.trace.functional import named_leaves
 from galvatron_jax.trace.model import trace
 
 from .matrix import plain, traced
-from .pipelines import PipelineCase, parameters, plan_in_stages
+from .pipelines import LAYERS, PipelineCase, parameters, plan_in_stages
 from .reference import OPTIMIZERS, Trajectory, batches, either, initial, reference, to_numpy, whole_step
 from .test_parity import TOLERANCE, differences
 
@@ -69,6 +70,38 @@ def test_a_pipeline_trains_as_one_device_does(case: PipelineCase) -> None:
 
 def decay_matrices(parameters: dict) -> dict:
     return jax.tree.map(lambda x: x.ndim > 1, parameters)
+
+
+@pytest.mark.standard_promotion
+def test_half_precision_tracks_single() -> None:
+    family = registry.family("gpt2")
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        config = registry.model_config("gpt2", "tiny", dtype=dtype)
+        model = nnx.eval_shape(lambda config=config: family.model(config, rngs=nnx.Rngs(0)))
+        shapes = family.example_batch(config, 8)
+        found = trace(
+            model,
+            family.loss_fn,
+            shapes,
+            make=lambda seed, config=config: family.model(config, rngs=nnx.Rngs(jax.random.key(seed))),
+        )
+        stages = [
+            Stage(groups=(LayerGroup(start=start, stop=stop, strategy=plain(dp="b", tp="c")),))
+            for start, stop in ((0, 2), (2, len(found.spec.layers)))
+        ]
+        plan = plan_in_stages(
+            "gpt2", (0, 2), (plain(dp="bc"),), degree=2, schedule=Schedule.ONE_F_ONE_B_STASH, num_microbatches=2
+        ).model_copy(update={"stages": tuple(stages)})
+        step = build_step(found, plan, optax.adamw(1e-3))
+        rng = np.random.default_rng(0)
+        batch = {name: rng.integers(0, 64, (16, *x.shape[1:])).astype(x.dtype) for name, x in shapes.items()}
+        state, losses[dtype] = step.init(0), []
+        for _ in range(4):
+            state, metrics = step(state, batch)
+            losses[dtype].append(float(metrics["loss"]))
+    assert losses["float32"][-1] < losses["float32"][0]
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=2e-2)  # 8 bits of mantissa, layer upon layer
 
 
 OTHERS = {
@@ -165,3 +198,7 @@ def test_state_made_from_data_for_other_stages_is_refused() -> None:
     ]
     with pytest.raises(InputError, match="'mean' is read in pipeline stages .* and made from data in"):
         build_step(found, plan.model_copy(update={"stages": tuple(stages)}), optax.sgd(0.1))
+
+
+def test_the_models_have_the_layers_that_the_cases_count_on() -> None:
+    assert {model: len(traced(model).spec.layers) for model in LAYERS} == LAYERS
