@@ -26,7 +26,7 @@ from galvatron_jax.search.question import Question
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import Plan
-from galvatron_jax.spec.plan_checks import check_plan
+from galvatron_jax.spec.plan_checks import EXECUTORS, check_plan
 from galvatron_jax.spec.profile import Profile
 from galvatron_jax.trace.model import Traced, trace
 
@@ -135,14 +135,22 @@ def make_plan(
     plan: Plan | str | PathLike[str] | None,
     cluster: ClusterSpec | str | PathLike[str],
     profile: Profile | str | PathLike[str] | None,
+    executor: str | None = None,
 ) -> Planned:
     """Traces, profiles and searches plans of one stage; or checks and prices a given one, of any number.
 
+    The executor given is the plan's from then on; None leaves the plan's own. Prices are those of `local`.
+
     Raises:
         InfeasibleError: when no plan fits the budget.
+        InputError: when there is no such executor.
         PlanMismatchError: when the given plan is for another model, batch or number of devices.
     """
+    if executor not in (None, *EXECUTORS):
+        raise InputError(f"executor: no executor {executor!r}. Give one of {', '.join(EXECUTORS)}, or None.")
+    chooses = {} if executor is None else {"executor": executor}
     given = Plan.load(plan) if isinstance(plan, (str, PathLike)) else plan
+    given = given if given is None else given.model_copy(update=chooses)
     traced = request.trace()
     count = request.num_microbatches if given is None else given.num_microbatches
     # The profiler measures layers on the whole mesh, as one stage has it.
@@ -150,7 +158,7 @@ def make_plan(
     question = make_question(request, traced, cluster=cluster, profile=profile, space=space, given=given)
     if given is None:
         result = question.answer()
-        chosen = result.plan
+        chosen = result.plan.model_copy(update=chooses)
     else:
         result = None
         chosen = given.model_copy(update={"prediction": question.price(given)})

@@ -126,6 +126,7 @@ def train_step(
     num_microbatches: int | None = None,
     cluster: ClusterLike = LIVE,
     profile: ProfileLike = None,
+    executor: str | None = None,
     cache_dir: str | None = None,
     name: str | None = None,
     progress: bool | None = None,
@@ -144,6 +145,8 @@ def train_step(
         cluster: `live` measures the devices here; or a preset, a document, or a `ClusterSpec` that describes them.
         profile: `measure` (the default for the cluster `live`), `derive` from the cluster's figures (the default
             else), or a `Profile` or its path.
+        executor: `local` runs the planner's own device programs, `annotate` (plans of one stage) leaves partitioning to
+            XLA, guided by the plan's layouts; by default what the plan says, which is `local` after a search.
         cache_dir: where measurements are kept; by default the user's cache folder.
         name: what to call the model; by default its class.
         progress: whether to draw progress on stderr; by default only on a terminal.
@@ -164,6 +167,7 @@ def train_step(
         num_microbatches=num_microbatches,
         cluster=cluster,
         profile=profile,
+        executor=executor,
         cache_dir=cache_dir,
         name=name,
         progress=progress,
@@ -184,6 +188,7 @@ def find_plan(
     num_microbatches: int | None = None,
     cluster: ClusterLike = LIVE,
     profile: ProfileLike = None,
+    executor: str | None = None,
     cache_dir: str | None = None,
     name: str | None = None,
     progress: bool | None = None,
@@ -204,4 +209,4 @@ def find_plan(
         cache_dir=cache_dir,
         progress=progress,
     )
-    return make_plan(request, plan=plan, cluster=cluster, profile=profile)
+    return make_plan(request, plan=plan, cluster=cluster, profile=profile, executor=executor)

@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from galvatron_jax.errors import PlanMismatchError
+from galvatron_jax.runtime.annotate import AnnotateExecutor, accumulate
 from galvatron_jax.runtime.birth import birth_specs
 from galvatron_jax.runtime.execution import Executor, Gradients, make_executor
 from galvatron_jax.runtime.optimizer import OptimizerProgram, make_optimizer
@@ -63,7 +64,16 @@ def build_step(
     shape = tuple(axis.size for axis in plan.mesh) or (1,)
     mesh = Mesh(np.array(devices).reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
     stages, layouts = make_runs(traced, plan)
+    if plan.executor == "annotate" and len(stages) > 1:
+        raise PlanMismatchError(
+            f"executor: `annotate` runs plans of one stage, this one has {len(stages)}; use the executor `local`."
+        )
     executors = [make_executor(traced, plan, runs, layouts) for runs in stages]
+    if plan.executor == "annotate":
+        local = executors[0]
+        remats = tuple(strategy.remat for strategy in plan.strategies)
+        whole = AnnotateExecutor(traced, local.runs, layouts, local.storage, local.repeats, mesh=mesh, remats=remats)
+        return AnnotateStep(traced, plan, optimizer, mesh, layouts, whole)
     if len(executors) == 1:
         return Step(traced, plan, optimizer, mesh, layouts, executors[0])
     return PipelineStep(traced, plan, optimizer, mesh, layouts, *make_stages(executors))
@@ -204,3 +214,30 @@ class Step(StepProgram):
             check_vma=False,
         )
         return gathered(params)
+
+
+@dataclass(frozen=True)
+class AnnotateStep(Step):
+    """A train step of one stage that XLA partitions, by the plan's layouts as constraints."""
+
+    executor: AnnotateExecutor
+
+    def gradients(
+        self, params: Mapping[str, Any], model_state: Mapping[str, Any], batch: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Gradients in the optimizer's layout, the new model state, and metrics."""
+
+        def one(params: dict, state: dict, leaves: dict) -> tuple[dict, dict, Any, Gradients]:
+            result = self.executor.microbatch(params, state, leaves)
+            gradients = self.executor.constrained(result.gradients)
+            return new_state(state, result.values), *measures(self.executor, result.values), gradients
+
+        state, sums, weight, gradients = accumulate(one, dict(params), dict(model_state), dict(batch))
+        scale = 1.0 / weight
+        metrics = {name: x * scale.astype(x.dtype) for name, x in sums.items()}
+        return self.executor.stored_gradients(gradients, scale), state, metrics
+
+    def publish(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Updated parameters from the optimizer's layout back to storage."""
+        specs = {g.key: self.sharding(g.spec()) for g in self.storage.groups}
+        return lax.with_sharding_constraint(params, specs)

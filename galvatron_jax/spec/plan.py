@@ -143,7 +143,7 @@ class Plan(Document):
     batch_axes: tuple[str, ...] = ()
     """Mesh axes over which the input batch, and values that cross more than one layer, split their batch dim."""
     executor: str = "local"
-    """Which executor runs it: `local`."""
+    """Which executor runs it: `local` (the planner's own programs), or `annotate` (XLA's partitioner; one stage)."""
     prediction: Prediction | None = None
     """What the cost model expects; None in a plan written by hand."""
     software: dict[str, str] = Field(default_factory=dict)

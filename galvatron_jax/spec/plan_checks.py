@@ -12,7 +12,7 @@ from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import LayerGroup, Plan, Schedule
 from galvatron_jax.spec.validation import did_you_mean
 
-EXECUTORS = ("local",)
+EXECUTORS = ("local", "annotate")
 _LEVELS = ("inter", "intra")
 
 
@@ -156,6 +156,8 @@ def _batch_faults(plan: Plan) -> Iterator[str]:
 def _executor_faults(plan: Plan) -> Iterator[str]:
     if plan.executor not in EXECUTORS:
         yield f"executor: no executor {plan.executor!r}.{did_you_mean(plan.executor, EXECUTORS)}"
+    elif plan.executor == "annotate" and len(plan.stages) > 1:
+        yield f"executor: `annotate` runs plans of one stage, this one has {len(plan.stages)}; use `local`."
 
 
 def _pipeline_faults(plan: Plan) -> Iterator[str]:

@@ -136,6 +136,18 @@ def test_a_plan_written_by_hand_is_priced():
     assert step.plan.strategies[0].tp == ("c",)
 
 
+def test_the_executor_is_chosen_by_argument_or_plan():
+    plan = hand_written(dp=("a", "b"), tp=("c",))
+    batch = gpt2.random_batch(CONFIG, BATCH)
+    local, other = build(plan=plan), build(plan=plan, executor="annotate")
+    assert (local.plan.executor, other.plan.executor) == ("local", "annotate")
+    assert build(plan=other.plan).plan.executor == "annotate"
+    metrics = [step(step.init(0), batch)[1] for step in (local, other)]
+    assert float(metrics[1]["loss"]) == pytest.approx(float(metrics[0]["loss"]), rel=1e-5)
+    with pytest.raises(InputError, match="no executor 'xla'. Give one of local, annotate"):
+        build(plan=plan, executor="xla")
+
+
 class LinenNet(flax.linen.Module):
     @flax.linen.compact
     def __call__(self, x):

@@ -234,6 +234,12 @@ def test_one_stage_takes_no_axes_and_no_schedule():
     ]
 
 
+def test_the_annotate_executor_runs_one_stage():
+    assert "executor: `annotate` runs plans of one stage, this one has 2; use `local`." in faults(
+        pipeline(2, executor="annotate")
+    )
+
+
 @pytest.mark.parametrize("ending", ["json", "toml"])
 def test_pipelines_keep_their_shape_in_files_and_differ_by_place(tmp_path, ending):
     plan = pipeline(4, schedule=Schedule.INTERLEAVED)
