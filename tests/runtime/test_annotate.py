@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from galvatron_jax.errors import PlanMismatchError
 from galvatron_jax.runtime.step import AnnotateStep, build_step
 from galvatron_jax.spec.plan import Plan, Stage
 from galvatron_jax.trace.functional import named_leaves
+from galvatron_jax.trace.model import trace
 
-from .matrix import Case, traced
+from .matrix import CYCLES, Case, plan_of, traced
 from .reference import OPTIMIZERS, batches, either, initial, reference, to_numpy
 from .test_parity import TOLERANCE, differences, place, train
 
@@ -62,8 +66,8 @@ def test_both_executors_agree_and_share_their_state() -> None:
     assert local.state_shapes == other.state_shapes
     begin = place(local, *initial(case.model))
     first, second, _ = batches(case.model, 1)
-    one, _ = local(jax.tree.map(jax.numpy.copy, begin), first)
-    two, _ = other(jax.tree.map(jax.numpy.copy, begin), first)
+    one, _ = local(jax.tree.map(jnp.copy, begin), first)
+    two, _ = other(jax.tree.map(jnp.copy, begin), first)
     there, after_one = other(other.from_tree(local.to_tree(one)), second)
     back, after_two = local(two, second)
     np.testing.assert_allclose(after_one["loss"], after_two["loss"], rtol=TOLERANCE)
@@ -77,3 +81,45 @@ def test_several_stages_are_refused() -> None:
     plan = plan.model_copy(update={"stages": halves})
     with pytest.raises(PlanMismatchError, match="annotate"):
         build_step(traced("gpt2"), plan, OPTIMIZERS["sgd"])
+
+
+class Mixing(nnx.Module):
+    """A block with an operation that has no sharding rule."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(16, 16, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        lower = 2 * jnp.eye(16) + jnp.tri(16)
+        return x + jax.lax.linalg.triangular_solve(lower, self.linear(x), left_side=False, lower=True)
+
+
+class Mixer(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.blocks = nnx.List([Mixing(rngs) for _ in range(3)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.standard_promotion
+def test_operations_without_a_rule_run_in_both() -> None:
+    def loss_fn(model: Mixer, batch: dict) -> jax.Array:
+        return jnp.mean(model(batch["x"]) ** 2)
+
+    def make(_: int | None) -> Mixer:
+        return Mixer(nnx.Rngs(0))
+
+    batch = {"x": np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)}
+    model = trace(nnx.eval_shape(lambda: make(0)), loss_fn, batch, make=make, name="mixer")
+    assert any(not op.known for kind in model.spec.kinds for op in kind.program.operations)
+    plan = plan_of(model, CYCLES["tp4-zero3"])
+    values, optimizer = [], optax.sgd(0.1)
+    for chosen in (plan, annotated(plan)):
+        step = build_step(model, chosen, optimizer)
+        state, metrics = step(step.init(0), batch)
+        values.append((metrics["loss"], to_numpy(step.parameters(state))))
+    np.testing.assert_allclose(values[0][0], values[1][0], rtol=TOLERANCE)
+    assert not differences(values[1][1], values[0][1])
