@@ -23,6 +23,9 @@ _NEAR = 1.03
 """Drafts slower than the best plan by no more than this are worth improving."""
 _IMPROVED = 3
 """Drafts improved at most, the fastest."""
+_THOROUGH = 4000
+"""Options of all layers together up to which the best draft is improved as far as it goes: more take seconds, and
+gain some thousandths of a percent."""
 _GROWTH = 1.25
 """From one budget to the next, where none fits the one given."""
 
@@ -251,7 +254,10 @@ class PipelineSearch:
                 if solution is not None:
                     better.append(replace(one, solution=solution))
         for one in sorted(better, key=lambda one: one.seconds)[:1]:
-            solver = self._solver(one.problem.pipeline)
+            pipeline = one.problem.pipeline
+            if sum(map(len, pipeline.layers)) > _THOROUGH:
+                continue
+            solver = self._solver(pipeline)
             if solver is not None and one.solution is not None and not self._late():
                 self._offer(one.problem, solver.improve(one.solution))
         return drafted

@@ -24,7 +24,8 @@ from galvatron_jax.spec.strategy import LayerStrategy
 _ROUNDING = 1e-6
 _DIGITS = 7
 _SMALL = 16
-"""Groups up to which every tick is looked at by itself, not only with its mirror image."""
+"""Groups up to which every tick is looked at by itself; of more, a tick and its mirror image together, and where
+chunks share a group only the work of the slowest."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ def _least_makespan(schedule: Schedule, degree: int, count: int, chunks: int, sh
         # Stages that take alike are the best: every tick and its mirror image can be charged to stages such that none
         # gains by a smaller part (the first forwards to the stage they have reached, the last to the one they leave).
         return (count + degree - 1) * _alike(again, degree)
+    if chunks > 1 and degree > _SMALL:
+        return count * _alike(again, degree)
     kinds = tick_kinds(schedule, num_stages=degree, num_microbatches=count, num_chunks=chunks)
     if chunks == 1 and degree > _SMALL:
         steady, pairs = mirrored(kinds, recomputes=recomputes(schedule))

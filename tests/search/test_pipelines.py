@@ -15,7 +15,7 @@ from galvatron_jax.cost.schedules import make_table, simulate
 from galvatron_jax.search.balance import balanced
 from galvatron_jax.search.bounds import Bounds
 from galvatron_jax.search.oracle import brute_force_pipeline
-from galvatron_jax.search.partition import solve_pipeline
+from galvatron_jax.search.partition import PipelineSolver, solve_pipeline
 from galvatron_jax.search.pipeline import Pipeline, StageOptions, evaluate
 from tests.search.pipelines import SCHEDULES, random_pipeline, random_plan
 
@@ -132,6 +132,24 @@ def test_no_plan_is_faster_than_its_stages_weighed(seed: int) -> None:
     bounds = Bounds.of(problem, budget - problem.fixed_bytes)
     for above in (1 + 1e-9, 1.2, math.inf):
         assert balanced(problem, bounds, upper_s=best.seconds * above).seconds <= best.seconds * (1 + 1e-9)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(SEEDS)
+def test_a_draft_fits_and_is_what_it_says(seed: int) -> None:
+    problem, budget = random_pipeline(seed, layers=8)
+    solver = PipelineSolver.of(problem, budget_bytes=budget)
+    if solver is None:
+        return
+    solver.bound(math.inf)
+    found = solver.draft()
+    if found is None:
+        return
+    assert max(found.bytes) + problem.fixed_bytes <= budget
+    assert found == evaluate(problem, found.starts, found.options)
+    better = solver.improve(found)
+    assert better.seconds <= found.seconds
+    assert max(better.bytes) + problem.fixed_bytes <= budget
 
 
 def test_fewer_layers_than_stages_have_no_solution() -> None:
