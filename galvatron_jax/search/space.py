@@ -49,7 +49,7 @@ class Rule(StrEnum):
     """A layer is planned at one micro-batch for all at which the planner would decide alike (not counted)."""
 
 
-HEURISTICS = frozenset({Rule.TP_ACROSS_NODES, Rule.ULYSSES_WITH_TP, Rule.MICROBATCHES_ON_DEMAND})
+HEURISTICS = frozenset({Rule.TP_ACROSS_NODES, Rule.ULYSSES_WITH_TP, Rule.MICROBATCHES_ON_DEMAND, Rule.BATCH_AXES})
 """Rules that may lose the optimum; all others are lossless."""
 
 
