@@ -110,15 +110,19 @@ def _bytes(costs: CostModel, kind: int, port: int, batching: Batching) -> int:
 
 
 def _send_seconds(costs: CostModel, pipelining: Pipelining, size: int) -> float:
-    if not size:
-        return 0.0
-    axes = tuple(axis.name for axis in pipelining.axes)
-    return costs.links.seconds(Collective(CollectiveKind.PERMUTE, axes, pipelining.degree, size))
+    return _between_groups(costs, pipelining, CollectiveKind.PERMUTE, size)
 
 
 def exchange_seconds(costs: CostModel, pipelining: Pipelining, gradient_bytes: int) -> float:
-    """Seconds per step for two groups to add up the gradient of a parameter that both hold: there and back."""
-    return 2 * _send_seconds(costs, pipelining, gradient_bytes)
+    """Seconds per step to add up, over all groups of devices, the gradient of a parameter that several stages hold."""
+    return _between_groups(costs, pipelining, CollectiveKind.ALL_REDUCE, gradient_bytes)
+
+
+def _between_groups(costs: CostModel, pipelining: Pipelining, op: CollectiveKind, size: int) -> float:
+    if not size:
+        return 0.0
+    axes = tuple(axis.name for axis in pipelining.axes)
+    return costs.links.seconds(Collective(op, axes, pipelining.degree, size))
 
 
 def stage_wirings(wiring: LayerWiring) -> tuple[LayerWiring, LayerWiring | None]:
