@@ -43,15 +43,20 @@ class Train:
 class Profile:
     """Measure the live devices and a model's layers on them; write cluster.json, profile.json and model.json.
 
+    With --from-run, the numbers of earlier runs instead, scaled so that they would have predicted the measured steps.
+
     For example:
       galvatron-jax profile --model gpt2:small --global-batch 32 --out profiles/gpt2
       galvatron-jax profile --model mymodels:make_gpt --out profiles/mine
+      galvatron-jax profile --from-run runs/dp --from-run runs/tp --out profiles/calibrated
     """
 
-    model: str
-    """Model of the zoo (family:size), a .toml file, or module:function of your own."""
     out: str
     """Folder to write to."""
+    model: str | None = None
+    """Model of the zoo (family:size), a .toml file, or module:function of your own."""
+    from_run: Annotated[Repeated, tyro.conf.arg(metavar="DIR")] = ()
+    """Folder of a finished run; may be given several times, for runs of other plans with the same profile."""
     global_batch: int = 8
     """Examples per step that the plans to come will have."""
     num_microbatches: int | None = None
@@ -126,11 +131,16 @@ class Show:
     For example:
       galvatron-jax show plan.json
       galvatron-jax show runs/quickstart
+      galvatron-jax show runs --accuracy --plot accuracy.png
       galvatron-jax show h100x64
     """
 
     paths: Annotated[tuple[str, ...], Positional, tyro.conf.arg(metavar="PATH")] = field(default_factory=tuple)
     """Files, folders of runs or profiles, or names of cluster presets."""
+    accuracy: bool = False
+    """Compare predicted with measured steps, of all runs in the folders and below."""
+    plot: str | None = None
+    """With --accuracy, file for a picture of the same, .png, .svg or .pdf."""
     json: bool = False
     """Print one JSON document on stdout, everything else on stderr."""
 

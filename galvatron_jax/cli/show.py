@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +10,11 @@ from rich.console import RenderableType
 
 from galvatron_jax.cli.arguments import Show
 from galvatron_jax.cli.output import Output
+from galvatron_jax.cli.runs import RUN_FILE, find_runs
 from galvatron_jax.errors import DocumentError, InputError
+from galvatron_jax.report.accuracy import accuracy, accuracy_figure, accuracy_table, run_facts
 from galvatron_jax.report.clusters import cluster_table, profile_report
+from galvatron_jax.report.figures import check_figure, save_figure
 from galvatron_jax.report.models import model_table
 from galvatron_jax.report.plans import plan_facts, plan_report
 from galvatron_jax.spec import files
@@ -20,16 +24,18 @@ from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import Plan
 from galvatron_jax.spec.presets import cluster_preset
 from galvatron_jax.spec.profile import Profile
+from galvatron_jax.spec.run import Run
 
 _SIGNS: dict[str, type[Document]] = {
     "stages": Plan,
     "collectives": Profile,
     "devices_per_node": ClusterSpec,
     "kinds": ModelSpec,
+    "step_s": Run,
 }
 """A field that only one type of document has."""
 
-_FOLDER_FILES = ("cluster.json", "model.json", "profile.json", "plan.json")
+_FOLDER_FILES = ("cluster.json", "model.json", "profile.json", "plan.json", RUN_FILE)
 
 
 def run(arguments: Show, output: Output) -> int:
@@ -41,11 +47,33 @@ def run(arguments: Show, output: Output) -> int:
     """
     if not arguments.paths:
         raise InputError("Name what to show: a file, the folder of a run, or a cluster preset.")
+    if arguments.accuracy:
+        return _accuracy(arguments, output)
+    if arguments.plot is not None:
+        raise InputError("--plot draws what --accuracy compares; give both.")
     documents = {name: document for path in arguments.paths for name, document in _load(path)}
     model = next((d for d in documents.values() if isinstance(d, ModelSpec)), None)
     for document in documents.values():
         output.show(_tables(document, model))
     output.result({name: document.model_dump(mode="json") for name, document in documents.items()})
+    return 0
+
+
+def _accuracy(arguments: Show, output: Output) -> int:
+    if arguments.plot is not None:
+        check_figure(arguments.plot)
+    recorded = [run for path in arguments.paths for run in find_runs(path)]
+    output.show([accuracy_table(recorded)])
+    if arguments.plot is not None:
+        save_figure(accuracy_figure(recorded), arguments.plot)
+        output.say(f"Written to {arguments.plot}.")
+    found = accuracy(recorded)
+    output.result(
+        {
+            "runs": {one.name: one.run.model_dump(mode="json") for one in recorded},
+            "accuracy": None if found is None else dataclasses.asdict(found),
+        }
+    )
     return 0
 
 
@@ -85,6 +113,8 @@ def _tables(document: Document, model: ModelSpec | None) -> Iterator[RenderableT
         yield cluster_table(document)
     elif isinstance(document, ModelSpec):
         yield model_table(document)
+    elif isinstance(document, Run):
+        yield run_facts(document)
 
 
 def _matching(model: ModelSpec | None, fingerprint: str | None) -> ModelSpec | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from galvatron_jax.api import TrainStep, train_step
 from galvatron_jax.cli.arguments import Train
@@ -13,7 +16,10 @@ from galvatron_jax.cli.devices import describe_devices, use_virtual_cpus
 from galvatron_jax.cli.models import LoadedModel, load_model
 from galvatron_jax.cli.optimizers import make_optimizer
 from galvatron_jax.cli.output import Output
+from galvatron_jax.cli.runs import RUN_FILE
 from galvatron_jax.errors import InputError
+from galvatron_jax.profiler.cache import software_versions
+from galvatron_jax.profiler.devices import peak_memory_bytes
 from galvatron_jax.report.training import summary_table, training_progress
 from galvatron_jax.runtime.checkpoint import Checkpoints
 from galvatron_jax.runtime.data import (
@@ -28,6 +34,7 @@ from galvatron_jax.runtime.data import (
 from galvatron_jax.runtime.metrics import JsonLines
 from galvatron_jax.runtime.trainer import Settings, Summary, Trainer
 from galvatron_jax.spec.model import ModelSpec
+from galvatron_jax.spec.run import Run
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -48,6 +55,7 @@ def run(arguments: Train, output: Output) -> int:
     output.show(step.report())
     summary = _train(config, step, source, loaded, output, fresh=arguments.fresh)
     predicted = step.prediction.time.step_s if step.prediction else None
+    _record(Path(config.output.dir) / RUN_FILE, step, summary)
     title = f"Trained {loaded.name} on {describe_devices()}"
     output.show([summary_table(summary, title=title, predicted_step_s=predicted, output=config.output.dir)])
     output.result(
@@ -147,6 +155,7 @@ def _prepare(
     elif latest:
         _check_same_model(folder / "model.json", step.model_spec)
         output.say(f"Resuming the run in {folder} after step {latest}; --fresh would start anew.")
+    (folder / RUN_FILE).unlink(missing_ok=True)
     documents: dict[str, Any] = {
         "config": config,
         "cluster": step.cluster,
@@ -157,6 +166,27 @@ def _prepare(
     for name, document in documents.items():
         document.save(folder / f"{name}.json")
     return latest
+
+
+def _record(path: Path, step: TrainStep, summary: Summary) -> None:
+    """Writes what the run measured beside what was predicted, unless it was too short or went wrong."""
+    if summary.diverged or summary.median_step_s is None or summary.step_spread_s is None:
+        return
+    plan, model = step.plan, step.model_spec
+    Run(
+        model=model.name,
+        model_fingerprint=model.fingerprint,
+        device=jax.devices()[0].device_kind,
+        num_devices=plan.num_devices,
+        global_batch=plan.global_batch,
+        step_s=summary.median_step_s,
+        step_spread_s=summary.step_spread_s,
+        steps=summary.timed_steps,
+        prediction=plan.prediction,
+        peak_memory_bytes=peak_memory_bytes(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        software=software_versions(),
+    ).save(path)
 
 
 def _check_same_model(path: Path, model: ModelSpec) -> None:

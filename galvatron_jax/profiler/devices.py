@@ -25,6 +25,13 @@ class AxisGroup:
     """`intra` when every group lies within a node (a process), else `inter`."""
 
 
+def peak_memory_bytes() -> int | None:
+    """Most bytes that a device of this process has held so far; None where devices do not say (CPUs)."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [peak for peak in peaks if peak is not None]
+    return max(known, default=None)
+
+
 def live_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with axes of prime size over the live devices, the axes that cross nodes first.
 

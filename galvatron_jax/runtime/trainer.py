@@ -86,6 +86,10 @@ class Summary:
     """None when no step was left to do."""
     last_loss: float | None
     median_step_s: float | None
+    step_spread_s: float | None
+    """Interquartile range of the steps' seconds."""
+    timed_steps: int
+    """Steps behind these two; the first, which compiles, is not among them."""
     first_step_s: float | None
     """The first step's seconds, compilation included."""
     tokens_per_s: float | None
@@ -107,11 +111,21 @@ class _Meter:
         self.losses.append(float(loss))
         self.ends.append(time.perf_counter())
 
-    def median_step_s(self, window: int | None = None) -> float | None:
-        """The first step, which compiles, does not count."""
+    def durations(self, window: int | None = None) -> list[float]:
+        """Seconds of the latest steps; the first step, which compiles, does not count."""
         ends = self.ends if window is None else self.ends[-window - 1 :]
-        durations = [after - before for before, after in itertools.pairwise(ends)]
+        return [after - before for before, after in itertools.pairwise(ends)]
+
+    def median_step_s(self, window: int | None = None) -> float | None:
+        durations = self.durations(window)
         return statistics.median(durations) if durations else None
+
+    def step_spread_s(self) -> float | None:
+        durations = self.durations()
+        if len(durations) < 2:
+            return 0.0 if durations else None
+        low, _, high = statistics.quantiles(durations, n=4, method="inclusive")
+        return high - low
 
 
 class Trainer:
@@ -224,6 +238,8 @@ class Trainer:
             first_loss=meter.losses[0] if meter.losses else None,
             last_loss=meter.losses[-1] if meter.losses else None,
             median_step_s=step_s,
+            step_spread_s=meter.step_spread_s(),
+            timed_steps=len(meter.durations()),
             first_step_s=meter.ends[0] - meter.started if meter.ends else None,
             tokens_per_s=_per_second(self._settings.tokens_per_step, step_s),
             seconds=time.perf_counter() - meter.started,

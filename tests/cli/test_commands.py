@@ -178,7 +178,7 @@ def test_training_writes_its_documents_and_resumes(capfd, tmp_path):
     assert code == 0, err
     document = json.loads(out)
     assert document["summary"]["last_step"] == 6
-    assert {"config.json", "cluster.json", "model.json", "profile.json", "plan.json", "metrics.jsonl"} <= {
+    assert {"config.json", "cluster.json", "model.json", "profile.json", "plan.json", "metrics.jsonl", "run.json"} <= {
         entry.name for entry in tmp_path.iterdir()
     }
     code, out, err = run(capfd, *arguments, "--steps", "9")
