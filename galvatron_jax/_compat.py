@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from jax._src.interpreters import partial_eval
 from jax.extend import core as jex
 
 INLINED_CALLS = frozenset(
@@ -60,6 +63,23 @@ def bind_equation(primitive: jex.Primitive, params: Mapping[str, Any], operands:
     return list(results) if primitive.multiple_results else [results]
 
 
+@contextmanager
+def brief_tracer_errors() -> Iterator[None]:
+    """While it lasts, errors do not say which arguments of the traced function a value came from.
+
+    JAX searches all operations traced so far for that, even for an error that nobody reads: Flax asks each random
+    counter for its `sharding` as often as it counts, so that building a model under a trace took the square of its
+    layers' number.
+    """
+    tracer = partial_eval.DynamicJaxprTracer
+    origin = tracer._origin_msg
+    tracer._origin_msg = lambda self: ""
+    try:
+        yield
+    finally:
+        tracer._origin_msg = origin
+
+
 # ------------------------------------------------------------------------------------------------ printed groups
 
 Groups = list[list[int]]
@@ -72,8 +92,9 @@ _LOWERED_MESH = re.compile(r"replica_groups = #stablehlo\.replica_group_mesh_axe
 _LOWERED_AXIS = re.compile(r'#stablehlo\.axis_ref<name = "([^"]*)">')
 _COMPILED_LISTED = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 _COMPILED_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_COMPILED_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
-_COMPILED_AXIS = re.compile(r"'([^']*)'")
+_COMPILED_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}")
+_COMPILED_AXIS = re.compile(r"'([^']*)'(?::\((\d+)\)(\d+))?")
+_IOTA = re.compile(r"^\[([\d,]+)\](?:T\(([\d,]+)\))?$")
 
 
 def groups_along(axes: Sequence[str], *, mesh: Mapping[str, int]) -> Groups:
@@ -127,13 +148,39 @@ def compiled_groups(instruction: str) -> Groups | None:
         return [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])]
     iota = _COMPILED_IOTA.search(instruction)
     if iota:
-        shape, source = _numbers(iota[1]), _numbers(iota[2])
-        order = _numbers(iota[3]) if iota[3] else range(len(source))
-        return np.arange(math.prod(source)).reshape(source).transpose(*order).reshape(shape).tolist()
+        return _iota(iota[2], iota[3]).reshape(_numbers(iota[1])).tolist()
     along = _COMPILED_MESH.search(instruction)
-    if along is None:
-        return None
-    return _along(along[2], _COMPILED_AXIS, {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", along[1])})
+    return _mesh_groups(*along.groups()) if along else None
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """Numbers from 0 on in an array of a shape, its dims in another order."""
+    source = _numbers(shape)
+    return np.arange(math.prod(source)).reshape(source).transpose(*_numbers(order) if order else range(len(source)))
+
+
+def _mesh_groups(axes: str, devices: str | None, along: str) -> Groups:
+    """The groups along axes of a mesh of the compiler's own, or along parts of axes.
+
+    Args:
+        axes: such as `'a'=2,'b'=4`.
+        devices: its devices, listed or as a range; None for all in order.
+        along: such as `'a','b':(2)2`, which is the part of two behind a part of two.
+    """
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", axes)}
+    cuts: dict[str, set[int]] = {name: {1, size} for name, size in sizes.items()}
+    wanted = [(m[1], int(m[2] or 1), int(m[2] or 1) * int(m[3] or sizes[m[1]])) for m in _COMPILED_AXIS.finditer(along)]
+    for name, *ends in wanted:
+        cuts[name] |= set(ends)
+    parts = [(name, a, b) for name in sizes for a, b in itertools.pairwise(sorted(cuts[name]))]
+    among = [at for name, a, b in wanted for at, part in enumerate(parts) if part[0] == name and a <= part[1] < b]
+    rest = [at for at in range(len(parts)) if at not in among]
+    iota = _IOTA.match(devices) if devices else None
+    listed = (
+        _iota(*iota.groups()) if iota else np.array(_numbers(devices) if devices else range(math.prod(sizes.values())))
+    )
+    numbers = listed.reshape([b // a for _, a, b in parts]).transpose(*rest, *among)
+    return numbers.reshape(-1, math.prod(parts[at][2] // parts[at][1] for at in among)).tolist()
 
 
 def _along(text: str, axis: re.Pattern[str], mesh: Mapping[str, int]) -> Groups | None:

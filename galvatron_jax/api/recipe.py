@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from galvatron_jax import _compat
+
 
 class Recipe:
     """The construction of one NNX module: its class and arguments, with the random generators as they were.
@@ -32,7 +34,7 @@ class Recipe:
         args = [_thaw(argument, seed) for argument in self._args]
         kwargs = {name: _thaw(argument, seed) for name, argument in self._kwargs.items()}
         # The user's sharding annotations are read by the tracer; they need no mesh here.
-        with nnx.use_eager_sharding(False):
+        with nnx.use_eager_sharding(False), _compat.brief_tracer_errors():
             return self._construct(*args, **kwargs)
 
     def abstract(self) -> nnx.Module:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from galvatron_jax import _compat
 from galvatron_jax.errors import InputError, TraceError
 from galvatron_jax.trace import discover, marks
 
@@ -140,7 +141,8 @@ def _functional_nnx(
             return dict(zip(parameter_names, parameter_leaves, strict=True)), dict(
                 zip(rest_names, rest_leaves, strict=True)
             )
-        _, parameters, rest = nnx.split(make(seed), nnx.Param, ...)
+        with _compat.brief_tracer_errors():
+            _, parameters, rest = nnx.split(make(seed), nnx.Param, ...)
         return named_leaves(parameters), named_leaves(rest)
 
     return Functional(

@@ -58,8 +58,11 @@ def test_groups_are_read_from_lowered_text(text: str, groups: list | None) -> No
         ("replica_groups=[2,2]<=[2,2]T(1,0), use_global_device_ids=true", ALONG_A),
         ("replica_groups=mesh['a'=2,'b'=2,'c'=1] {'a'}, use_global_device_ids=true", ALONG_A),
         ("replica_groups=mesh['a'=2,'b'=2,'c'=1] {'b','a'}, dimensions={0}", [[0, 2, 1, 3]]),
-        ("replica_groups=mesh['all'=4] {'all':(1)2}, dimensions={0}", None),
-        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'a'}, dimensions={0}", None),
+        ("replica_groups=mesh['all'=4] {'all':(1)2}, dimensions={0}", ALONG_A),
+        ("replica_groups=mesh['all'=4] {'all':(2)2}, dimensions={0}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['all'=4,'one'=1] {'one','all':(2)2,'all':(1)2}, dimensions={0}", [[0, 2, 1, 3]]),
+        ("replica_groups=mesh['x'=1,'y'=2,'z'=2], device_ids=([2,2]T(1,0)) {'y'}, channel_id=1", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'a'}, dimensions={0}", [[3, 2], [1, 0]]),
         ("source_target_pairs={{0,1}}", None),
     ],
 )
