@@ -496,7 +496,7 @@ def _signatures(
     for element, dims in _SHAPE.findall(result):
         dtype = _HLO_TYPES.get(element) or re.sub(r"^u(\d+)$", r"uint\1", re.sub(r"^s(\d+)$", r"int\1", element))
         arrays.append((math.prod(int(n) for n in dims.split(",") if n) * itemsize(dtype), dtype))
-    if started and kind in ("all-gather", "collective-permute"):
+    if started and kind != "all-reduce":
         arrays = arrays[len(arrays) // 2 :]  # A pair of operands and results.
     if kind == "all-gather":
         arrays = [(n // size, dtype) for n, dtype in arrays]

@@ -7,11 +7,15 @@ for kernels that it would choose by timing them.
 
 from __future__ import annotations
 
-import os
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 from galvatron_jax.errors import InputError
+from galvatron_jax.spec.cluster import ClusterSpec
+from galvatron_jax.spec.presets import cluster_preset
 from galvatron_jax.spec.validation import did_you_mean
 
 INSTALL = "pip install 'galvatron-jax[verify]'"
@@ -126,6 +130,22 @@ TARGETS = {
 """By name."""
 
 
+def read_target(text: str) -> tuple[str, ClusterSpec]:
+    """A target's name, and the cluster of a text such as `h100x64`: 64 H100s in nodes of eight.
+
+    Raises:
+        InputError: when there is no such cluster, or the compiler does not know its devices.
+    """
+    cluster = cluster_preset(text)
+    name = cluster.name.rpartition("x")[0]
+    if name not in TARGETS:
+        raise InputError(
+            f"XLA's GPU compiler has no description of {cluster.device.name} here. Targets: {', '.join(TARGETS)}, each "
+            "with x and the number of devices, such as h100x64."
+        )
+    return name, cluster
+
+
 def target_devices(name: str, count: int, *, per_node: int = 8) -> list[Any]:
     """Devices to compile for, node by node.
 
@@ -152,8 +172,18 @@ def target_devices(name: str, count: int, *, per_node: int = 8) -> list[Any]:
             platform="cuda", target_config=TARGETS[name].text(), topology=f"{nodes}x1x{min(count, per_node)}"
         )
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        hint = "" if os.environ.get("JAX_PLATFORMS") == "cpu" else " Set JAX_PLATFORMS=cpu before Python starts."
-        raise InputError(
-            f"XLA's GPU compiler is not at hand ({error}). Install it by: {INSTALL} (it needs no GPU).{hint}"
-        ) from error
+        raise InputError(f"XLA's GPU compiler is not at hand ({error}). {_way_out()}") from error
     return list(topology.devices)
+
+
+def plugin_installed() -> bool:
+    """Whether JAX's CUDA plugin is: the compiler."""
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") is not None for version in (12, 13))
+
+
+def _way_out() -> str:
+    if not plugin_installed():
+        return f"Install it by: {INSTALL} (it needs no GPU)."
+    if jax.config.jax_platforms != "cpu":
+        return "It is installed, but JAX looked for a GPU first: set JAX_PLATFORMS=cpu before Python starts."
+    return "It is installed; its version must be that of jaxlib: compare them with pip list."
