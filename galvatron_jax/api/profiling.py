@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from galvatron_jax.search import SearchSpace, meshes_for
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.mesh import mesh_shape
 from galvatron_jax.spec.model import ModelSpec
+from galvatron_jax.spec.plan import MeshAxis
 from galvatron_jax.spec.profile import Profile
 from galvatron_jax.spec.strategy import LayerStrategy
 from galvatron_jax.trace.model import Traced, trace
@@ -66,7 +69,7 @@ def profile_model(
         name=name,
     )
     cluster = resolve_cluster(LIVE, cache_dir=cache_dir, progress=progress)
-    space = SearchSpace(num_microbatches=(num_microbatches,) if num_microbatches else None)
+    space = SearchSpace(num_microbatches=(num_microbatches,) if num_microbatches else None, pipeline_degrees=None)
     measured = measure_profile(traced, cluster, size, space=space, cache_dir=cache_dir, progress=progress)
     return Profiled(cluster, traced.spec, measured)
 
@@ -94,11 +97,28 @@ def measure_profile(
     sizes = mesh_shape(mesh)
     counts = space.microbatch_counts(global_batch)
     microbatches = [global_batch // count for count in counts]
+    stages = stage_meshes(mesh, space)
     strategies: dict[LayerStrategy, None] = {}
     for kind in traced.spec.kinds:
-        for microbatch in microbatches:
-            found = space.strategies(kind, mesh=mesh, microbatch=microbatch, pruned=Counter())
+        for microbatch, stage in itertools.product(microbatches, stages):
+            found = space.strategies(kind, mesh=stage, microbatch=microbatch, pruned=Counter())
             strategies |= dict.fromkeys(found)
-    points = choose_points(traced.spec, list(strategies), mesh=sizes, microbatches=microbatches)
+    points = choose_points(
+        traced.spec,
+        list(strategies),
+        mesh=sizes,
+        microbatches=microbatches,
+        stages=[[axis.name for axis in stage] for stage in stages],
+    )
     programs = [(point, partial(timed_layer, traced, point, mesh=sizes)) for point in points]
     return profile(traced.spec, programs, cluster=cluster, cache_dir=cache_dir, progress=progress)
+
+
+def stage_meshes(mesh: tuple[MeshAxis, ...], space: SearchSpace) -> list[tuple[MeshAxis, ...]]:
+    """Axes that a stage may lie over: stages lie along the first axes, which join the slowest links."""
+    degrees = space.pipeline_degrees
+    return [
+        mesh[stop:]
+        for stop in range(len(mesh) + 1)
+        if degrees is None or math.prod(axis.size for axis in mesh[:stop]) in degrees
+    ]

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from galvatron_jax.cost.lines import interpolate
+from galvatron_jax.cost.lines import RisingFit, fit_rising
 from galvatron_jax.errors import InputError
 from galvatron_jax.partition.layer_plan import Collective
 from galvatron_jax.spec.cluster import ClusterSpec, Link
@@ -134,14 +134,15 @@ class RingLinks:
 class ProfiledLinks:
     """Collectives priced by a profile: piecewise linear in bytes for each (operation, group size, level).
 
-    Beyond the largest message the last slope holds; below the smallest, its time (latency). A group size that was
+    More bytes never take less time, whatever was measured. Beyond the largest message the last slope holds; below the
+    smallest, its time (latency). A group size that was
     not measured takes the nearest measured one (same level first), scaled by the ratio of the ring formulas.
     """
 
     profile: Profile
     cluster: ClusterSpec
     mesh: tuple[MeshAxis, ...]
-    _tables: dict[tuple[CollectiveKind, int, str], tuple[np.ndarray, np.ndarray]] = field(
+    _tables: dict[tuple[CollectiveKind, int, str], RisingFit] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
 
@@ -151,7 +152,7 @@ class ProfiledLinks:
             groups[timing.kind, timing.axis_size, timing.level].append(timing)
         for key, timings in groups.items():
             timings.sort(key=lambda timing: timing.bytes)
-            self._tables[key] = (
+            self._tables[key] = fit_rising(
                 np.array([timing.bytes for timing in timings], float),
                 np.array([timing.timing.median_s for timing in timings], float),
             )
@@ -168,9 +169,9 @@ class ProfiledLinks:
         kind, count = collective.kind, collective.bytes
         table = self._tables.get((kind, group.size, group.level))
         if table is not None:
-            return interpolate(*table, count)
+            return table(count)
         size, level = self._nearest(kind, group)
-        measured = interpolate(*self._tables[kind, size, level], count)
+        measured = self._tables[kind, size, level](count)
         near = Group(inside=1, nodes=size) if level == INTER else Group(inside=size, nodes=1)
         ratio = ring_seconds(kind, group, payload_bytes=count, cluster=self.cluster)
         return measured * ratio / ring_seconds(kind, near, payload_bytes=count, cluster=self.cluster)

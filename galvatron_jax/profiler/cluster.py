@@ -13,6 +13,7 @@ from galvatron_jax.profiler.bench import Bench
 from galvatron_jax.profiler.cache import TimingCache, default_cache_dir, environment
 from galvatron_jax.profiler.collectives import collective_points, measure_collective, message_sizes
 from galvatron_jax.profiler.devices import axis_groups, live_mesh, memory_bytes, num_nodes
+from galvatron_jax.profiler.processes import least
 from galvatron_jax.profiler.progress import progress_bar
 from galvatron_jax.profiler.rates import MATMUL_DTYPES, measure_matmul, measure_memory
 from galvatron_jax.profiler.timing import DEFAULT_SAMPLING, Sampling
@@ -73,13 +74,13 @@ def live_cluster(
 
 
 def measure_device(bench: Bench) -> DeviceSpec:
-    """One device: its memory, and the rates it sustains while the others work too."""
+    """One device: the least memory of any, and the rates it sustains while the others work too."""
     device = bench.mesh.devices.flat[0]
     if device.process_index != jax.process_index():
         device = jax.local_devices()[0]
     return DeviceSpec(
         name=device.device_kind,
-        memory_bytes=memory_bytes(device),
+        memory_bytes=int(least(memory_bytes(device))),
         peak_flops_per_s={dtype: measure_matmul(bench, dtype=dtype) for dtype in MATMUL_DTYPES},
         memory_bandwidth_bytes_per_s=measure_memory(bench),
     )

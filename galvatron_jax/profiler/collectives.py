@@ -15,9 +15,6 @@ from galvatron_jax.profiler.everywhere import LocalFunction
 from galvatron_jax.spec.profile import CollectiveKind, CollectiveTiming
 from galvatron_jax.units import KIB, MIB, format_bytes
 
-STEP_KINDS = tuple(kind for kind in CollectiveKind if kind is not CollectiveKind.PERMUTE)
-"""What a training step without pipeline stages uses."""
-
 # There are many, and each is repeated often within one sample.
 _BUDGET_S = 0.08
 
@@ -27,14 +24,14 @@ CollectivePoint = tuple[CollectiveKind, AxisGroup, int]
 
 def message_sizes(platform: str) -> tuple[int, ...]:
     """Payloads in bytes that pin latency and bandwidth on a platform, smallest first."""
-    return (4 * KIB, 128 * KIB, 4 * MIB) if platform == "cpu" else (64 * KIB, 1 * MIB, 16 * MIB, 256 * MIB)
+    return (4 * KIB, 64 * KIB, 1 * MIB, 16 * MIB) if platform == "cpu" else (64 * KIB, 1 * MIB, 16 * MIB, 256 * MIB)
 
 
 def collective_points(
     groups: Sequence[AxisGroup],
     sizes: Sequence[int],
     *,
-    kinds: Sequence[CollectiveKind] = STEP_KINDS,
+    kinds: Sequence[CollectiveKind] = tuple(CollectiveKind),
 ) -> Iterator[CollectivePoint]:
     """The kinds over every group at every size; sizes are rounded up to what the group can share out."""
     for group in groups:
@@ -48,14 +45,14 @@ def measure_collectives(
     bench: Bench,
     *,
     sizes: Sequence[int] | None = None,
-    kinds: Sequence[CollectiveKind] = STEP_KINDS,
+    kinds: Sequence[CollectiveKind] = tuple(CollectiveKind),
 ) -> tuple[CollectiveTiming, ...]:
     """Times collectives in float32, all groups of a size at once, as a training step runs them.
 
     Args:
         bench: Where to measure.
         sizes: Payloads in bytes; the platform's by default.
-        kinds: Operations; those of a step without pipeline stages by default.
+        kinds: Operations; all by default. What pipeline stages send one another are permutes.
     """
     sizes = message_sizes(bench.mesh.devices.flat[0].platform) if sizes is None else sizes
     return tuple(

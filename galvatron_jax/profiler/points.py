@@ -47,25 +47,29 @@ def choose_points(
     *,
     mesh: Mapping[str, int],
     microbatches: Iterable[int],
+    stages: Iterable[Iterable[str]] | None = None,
     max_points: int | None = 32,
 ) -> list[LayerTimingRequest]:
     """Chooses what to time, the most telling points first.
 
-    Of a kind that repeats, every tp degree is timed at its largest local batch; the unsplit layer and the largest
-    tp degree also at their smallest; the unsplit layer also with full rematerialisation; and the largest Ulysses
-    and Megatron sequence degrees once. Of other kinds (embedding, head) the unsplit layer and the largest tp
-    degree. Between these the cost model interpolates, and it scales by FLOPs and bytes where only remat differs.
+    Of a kind that repeats, every tp degree is timed at its largest local batch; the unsplit layer also at its middle
+    and smallest, the largest tp degree at its smallest; the unsplit layer also with full rematerialisation; and the
+    largest Ulysses and Megatron sequence degrees once. Of other kinds (embedding, head) the unsplit layer and the
+    largest tp degree. Between these the cost model interpolates, and it scales by FLOPs and bytes where only remat
+    differs.
 
     Args:
         model: The model.
         strategies: What the search may choose from.
         mesh: Mesh axis sizes by name.
         microbatches: Global micro-batches that the search may choose from, in examples.
+        stages: Axes that a pipeline's stage may lie over, each of them a choice; all of the mesh's by default.
         max_points: Upper bound, the least telling dropped; None for all.
     """
     counts = Counter(layer.kind for layer in model.layers)
     repeats = max(counts.values(), default=0) > 1
     batches = sorted(set(microbatches))
+    strategies = _unidle(strategies, [frozenset(axes) for axes in ([mesh] if stages is None else stages)])
     ranked: list[tuple[int, int, LayerTimingRequest]] = []
     for index in sorted(counts):
         kind = model.kinds[index]
@@ -88,6 +92,7 @@ def _repeated(kind: LayerKind, corners: Mapping[_Degrees, list[_Corner]]) -> Ite
     yield _request(kind, widest, corners[widest][-1])
     yield _request(kind, base, corners[base][-1], Remat.FULL)
     yield _request(kind, base, corners[base][0])
+    yield _request(kind, base, corners[base][len(corners[base]) // 2])
     for degrees in splits[1:-1]:
         yield _request(kind, degrees, corners[degrees][-1])
     for sp_kind in (SequenceParallel.ULYSSES, SequenceParallel.MEGATRON):
@@ -123,7 +128,7 @@ def _corners(
     """Per degrees the local batches that the search can ask for, smallest first."""
     hidden = any(factor.role is FactorRole.HIDDEN for factor in kind.program.factors)
     found: dict[_Degrees, dict[int, _Corner]] = defaultdict(dict)
-    for strategy in sorted(_unidle(strategies, mesh), key=lambda s: s.zero):
+    for strategy in sorted(strategies, key=lambda s: s.zero):
         tp, replicas = _size(strategy.tp, mesh), _size(strategy.dp, mesh)
         if tp > 1 and not hidden:
             continue
@@ -136,10 +141,9 @@ def _corners(
     return {degrees: [batches[size] for size in sorted(batches)] for degrees, batches in found.items()}
 
 
-def _unidle(strategies: Sequence[LayerStrategy], mesh: Mapping[str, int]) -> Sequence[LayerStrategy]:
-    """The strategies that leave no axis without work, or all if none does."""
-    busy = [s for s in strategies if _size(set(s.dp) | set(s.tp) | set(s.sp), mesh) == math.prod(mesh.values())]
-    return busy or strategies
+def _unidle(strategies: Sequence[LayerStrategy], stages: Sequence[frozenset[str]]) -> Sequence[LayerStrategy]:
+    """The strategies that leave no axis of a stage without work, or all if none does."""
+    return [s for s in strategies if {*s.dp, *s.tp, *s.sp} in stages] or strategies
 
 
 def _size(axes: Iterable[str], mesh: Mapping[str, int]) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from galvatron_jax.cost.lines import RisingFit, fit_rising
 from galvatron_jax.report.text import facts, titled
 from galvatron_jax.spec.cluster import ClusterSpec, Link
 from galvatron_jax.spec.model import ModelSpec
@@ -84,11 +86,14 @@ def _layer_table(timings: tuple[LayerTiming, ...], *, title: str, model: ModelSp
 
 
 def _collective_table(timings: tuple[CollectiveTiming, ...], *, title: str) -> Group:
-    """One row per operation, group and link: the smallest payload shows the latency, the largest the bandwidth."""
+    """One row per operation, group and link: the smallest payload shows the latency, the largest the bandwidth.
+
+    The last column is the residual of the curve through all sizes that never falls.
+    """
     table = Table()
     for name in ("collective", "devices", "link"):
         table.add_column(name)
-    for name in ("smallest payload", "time", "largest payload", "time", "payload per second"):
+    for name in ("smallest payload", "time", "largest payload", "time", "payload per second", "fit misses by"):
         table.add_column(name, justify="right")
     groups: dict[tuple[str, int, str], list[CollectiveTiming]] = defaultdict(list)
     for timing in timings:
@@ -105,8 +110,15 @@ def _collective_table(timings: tuple[CollectiveTiming, ...], *, title: str) -> G
             format_bytes(large.bytes),
             _timing(large.timing),
             format_rate(large.bytes / seconds, "B/s") if seconds else "–",
+            f"{100 * _fit(members).worst:.1f} %",
         )
     return titled(title, table)
+
+
+def _fit(timings: list[CollectiveTiming]) -> RisingFit:
+    """What the cost model reads."""
+    timings = sorted(timings, key=lambda timing: timing.bytes)
+    return fit_rising(np.array([t.bytes for t in timings], float), np.array([t.timing.median_s for t in timings]))
 
 
 def _timing(timing: Timing) -> str:

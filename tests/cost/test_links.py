@@ -76,9 +76,13 @@ def test_measurements_are_piecewise_linear_and_go_on_with_the_last_slope() -> No
     assert times == pytest.approx([1.0, 2.0, 5.0])
 
 
-def test_a_falling_last_slope_never_makes_times_negative() -> None:
+def test_measurements_that_fall_are_evened_out_and_large_messages_never_free() -> None:
     links = ProfiledLinks(profile((2, 1000, 3.0), (2, 2000, 1.0)), cluster(2, 4), MESH)
-    assert links.seconds(collective("c", bytes_=10**9)) == 1.0
+    times = [links.seconds(collective("c", bytes_=count)) for count in (10, 1500, 4000)]
+    # Off by less, in proportion, of the smaller one; beyond the end in proportion to the bytes.
+    assert times == pytest.approx([1.2, 1.2, 2.4])
+    flat_at_the_end = ProfiledLinks(profile((2, 1000, 1.0), (2, 2000, 2.0), (2, 3000, 2.0)), cluster(2, 4), MESH)
+    assert flat_at_the_end.seconds(collective("c", bytes_=5000)) == pytest.approx(4.0)
 
 
 def test_a_group_size_that_was_not_measured_is_scaled_by_the_ring() -> None:

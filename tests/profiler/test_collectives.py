@@ -10,7 +10,6 @@ from jax.sharding import Mesh, PartitionSpec
 from galvatron_jax.profiler.bench import Bench
 from galvatron_jax.profiler.cache import TimingCache
 from galvatron_jax.profiler.collectives import (
-    STEP_KINDS,
     collective_function,
     collective_points,
     local_input,
@@ -111,5 +110,5 @@ def test_sizes_are_rounded_up_to_what_the_group_can_share():
 def test_measuring_gives_one_timing_per_kind_group_and_size(tmp_path):
     bench = Bench(mesh=live_mesh(jax.devices()[:4]), cache=TimingCache(tmp_path), sampling=QUICK)
     timings = measure_collectives(bench, sizes=(1024,))
-    assert {(t.kind, t.axis_size, t.bytes) for t in timings} == {(k, n, 1024) for k in STEP_KINDS for n in (2, 4)}
+    assert {(t.kind, t.axis_size, t.bytes) for t in timings} == {(k, n, 1024) for k in CollectiveKind for n in (2, 4)}
     assert all(t.timing.median_s > 0 and t.level == "intra" for t in timings)

@@ -160,4 +160,4 @@ def test_progress_is_drawn_on_stderr(tmp_path, capfd):
     shown = capfd.readouterr()
     assert shown.out == ""
     assert "Profiling fake" in shown.err
-    assert "5/5" in shown.err
+    assert "6/6" in shown.err

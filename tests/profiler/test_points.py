@@ -105,5 +105,21 @@ def test_axes_without_work_are_considered_only_where_all_strategies_have_some():
     assert {(request.shape.batch, request.shape.tp) for request in requests} == {(8, 2)}
 
 
+def test_stages_of_a_pipeline_widen_the_range_of_local_batches():
+    own = [s for s in strategies() if s != LayerStrategy(tp=("c",))]
+    stage = [LayerStrategy(dp=dp, tp=tp) for dp, tp in [(("b", "c"), ()), (("b",), ("c",)), ((), ("b", "c"))]]
+    requests = choose_points(
+        model("Block", "Block"), own + stage, mesh=MESH, microbatches=[4, 8, 16, 32], stages=["abc", "bc"]
+    )
+    unsplit = {shape for shape in asked(requests) if shape[1:3] == (1, 1)}
+    assert unsplit == {
+        (8, 1, 1, "none", "none"),
+        (4, 1, 1, "none", "none"),
+        (1, 1, 1, "none", "none"),
+        (8, 1, 1, "none", "full"),
+    }
+    assert {(16, 2), (32, 4), (32, 8)} <= {shape[:2] for shape in asked(requests)}
+
+
 def test_no_strategy_gives_no_point():
     assert choose_points(model("Block"), [], mesh=MESH, microbatches=[8]) == []
