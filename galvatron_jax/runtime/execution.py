@@ -82,7 +82,11 @@ class Executor:
     # ------------------------------------------------------------------------------------------ one micro-batch
 
     def microbatch(
-        self, parameters: Mapping[str, Any], state: Mapping[str, Any], batch: Mapping[str, Any]
+        self,
+        parameters: Mapping[str, Any],
+        state: Mapping[str, Any],
+        batch: Mapping[str, Any],
+        totals: Gradients | None = None,
     ) -> MicrobatchResult:
         """Loss, new state and gradients of one micro-batch.
 
@@ -92,11 +96,12 @@ class Executor:
             parameters: local stored arrays by key.
             state: state leaves by path, whole.
             batch: local leaves of the micro-batch by path, their batch dim over the plan's batch axes.
+            totals: gradients of earlier micro-batches, to which these are added in place.
         """
         store = self.store(state, batch)
         tapes = self.all_forward(parameters, store)
         values = {sink: store[reference] for sink, reference in self.traced.spec.results}
-        return MicrobatchResult(values, self.all_backward(tapes, self.seed(values)))
+        return MicrobatchResult(values, self.all_backward(tapes, self.seed(values), totals))
 
     def store(self, state: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
         """What layers read from outside, by reference: leaves of the batch, constants and state."""
@@ -122,11 +127,19 @@ class Executor:
         read = {reference for later in self.runs[number + 1 :] for way in later.inputs for reference in way.references}
         return frozenset(port for port, references in enumerate(run.outputs) if read.intersection(references))
 
-    def all_backward(self, tapes: Sequence[Tape], cotangents: dict[str, Any]) -> Gradients:
+    def all_backward(
+        self, tapes: Sequence[Tape], cotangents: dict[str, Any], totals: Gradients | None = None
+    ) -> Gradients:
         """Runs all layers backward; takes cotangents by reference and adds those of what was read from outside."""
         gradients: Gradients = {}
         for number in range(len(self.runs) - 1, -1, -1):
-            self.backward(number, self.runs[number], tapes[number], cotangents, gradients)
+            made: Gradients = {}
+            self.backward(number, self.runs[number], tapes[number], cotangents, made, totals or {})
+            if number and made:
+                # XLA would put off what nothing waits for, and keep what it is made of: the logits' cotangents.
+                made, tied = lax.optimization_barrier((made, cotangents))
+                cotangents.update(tied)
+            gradients |= made
         return gradients
 
     def _add_state(self, store: dict[str, Any], state: Mapping[str, Any]) -> None:
@@ -138,9 +151,13 @@ class Executor:
             store[reference] = state[path][int(index[:-1])]
 
     def seed(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The loss's cotangent by reference: the weight of the micro-batch."""
+        """The loss's cotangent by reference: the weight of the micro-batch.
+
+        It waits for the loss, which XLA would else make at the end, and keep until then what it is made of.
+        """
         loss = values["loss"]
-        return {dict(self.traced.spec.results)["loss"]: jnp.asarray(values.get("weight", 1.0)).astype(loss.dtype)}
+        weight = jnp.asarray(values.get("weight", 1.0)).astype(loss.dtype)
+        return {dict(self.traced.spec.results)["loss"]: lax.optimization_barrier((weight, loss))[0]}
 
     # ------------------------------------------------------------------------------------------ forward
 
@@ -236,23 +253,45 @@ class Executor:
 
     # ------------------------------------------------------------------------------------------ backward
 
-    def backward(self, number: int, run: Run, tape: Tape, cotangents: dict[str, Any], gradients: Gradients) -> None:
-        """Runs the layers of a run backward; takes cotangents of what it made, adds those of what it read."""
+    def backward(
+        self,
+        number: int,
+        run: Run,
+        tape: Tape,
+        cotangents: dict[str, Any],
+        gradients: Gradients,
+        totals: Mapping[tuple[int, int], Any],
+    ) -> None:
+        """Runs the layers of a run backward; takes cotangents of what it made, adds those of what it read.
+
+        Args:
+            number: of the run.
+            run: the run.
+            tape: what its forward left.
+            cotangents: by reference.
+            gradients: where those of parameters go.
+            totals: what those of parameters are added to, if anything.
+        """
         ports = [p for p, port in enumerate(run.local.static.kind.inputs) if port.gradient is not None]
         if not ports:
             return
         if run.length == 1:
             seeds = {q: self._seed_of(run, q, 0, cotangents) for q in self._seeded(run)}
-            tape = self._fenced(number, tape, seeds)
+            if number < len(self.runs) - 1:  # The last one's backward follows its forward: nothing is kept in between.
+                tape = self._fenced(number, tape, seeds)
             grads = self.program(run).backward(tape.inputs, tape.residuals, seeds)
             found = dict(zip(ports, grads, strict=True))
+            found = {p: totals[number, p] + x if (number, p) in totals else x for p, x in found.items()}
         else:
-            found = self._backward_loop(run, tape, cotangents, ports)
+            found = self._backward_loop(number, run, tape, cotangents, {p: totals.get((number, p)) for p in ports})
         for p, x in found.items():
             self._hand_back(number, run, p, x, cotangents, gradients)
 
     def _fenced(self, number: int, tape: Tape, seeds: dict[int, Any]) -> Tape:
-        """Keeps XLA from merging what is done again with what was done before, and so from keeping it in between."""
+        """Keeps XLA from doing again early what backward repeats, or from merging it with what was done before.
+
+        Both would keep it in between. XLA peels loops, so what a loop repeats is tied to its cotangents as well.
+        """
         if not self.repeats or not self.repeats[number] or not seeds:
             return tape
         inputs, residuals, _ = lax.optimization_barrier((tape.inputs, tape.residuals, seeds))
@@ -288,43 +327,47 @@ class Executor:
             cotangents[reference] = cotangents[reference] + y if reference in cotangents else y
 
     def _backward_loop(
-        self, run: Run, tape: Tape, cotangents: Mapping[str, Any], ports: Sequence[int]
+        self, number: int, run: Run, tape: Tape, cotangents: Mapping[str, Any], totals: Mapping[int, Any | None]
     ) -> dict[int, Any]:
-        ways = run.inputs
+        """Gradients by input port, added to the totals that there are: those change in place, layer by layer."""
+        ways, ports = run.inputs, list(totals)
         carried = [p for p in ports if ways[p].way is Way.CARRY]
         feeds = {ways[p].output: p for p in carried}
         shared = [p for p in ports if ways[p].way is Way.SHARED]
-        stacked = [p for p in ports if ways[p].way is Way.STACKED]
+        added = {p: totals[p] for p in ports if ways[p].way is Way.STACKED and totals[p] is not None}
+        stacked = [p for p in ports if ways[p].way is Way.STACKED and p not in added]
         seeded = self._seeded(run)
         looped = [p for p, way in enumerate(ways) if way.way is not Way.SHARED]
         extras = {q: x for q in seeded if (x := self._stacked_seeds(run, q, cotangents, q in feeds)) is not None}
         program = self.program(run)
 
-        def body(carry: tuple[dict, list], xs: tuple[list, list, dict]) -> tuple[tuple[dict, list], list]:
-            back, sums = carry
-            slices, residuals, outer = xs
+        def body(carry: tuple[dict, list, dict], xs: tuple[list, list, dict, Any]) -> tuple[tuple, list]:
+            back, sums, added = carry
+            slices, residuals, outer, layer = xs
             inputs = list(tape.inputs)
             for p, x in zip(looped, slices, strict=True):
                 inputs[p] = x
             seeds = {q: self._back(run, q, back[q]) for q in back}
             for q, x in outer.items():
                 seeds[q] = seeds[q] + x if q in seeds else x
-            grads = dict(zip(ports, program.backward(inputs, residuals, seeds), strict=True))
+            fenced = self._fenced(number, Tape(inputs, residuals), seeds)
+            grads = dict(zip(ports, program.backward(fenced.inputs, fenced.residuals, seeds), strict=True))
             back = {ways[p].output: grads[p] for p in carried}
             sums = [a + grads[p] for a, p in zip(sums, shared, strict=True)]
-            return (back, sums), [grads[p] for p in stacked]
+            added = {p: _added_at(x, layer, grads[p]) for p, x in added.items()}
+            return (back, sums, added), [grads[p] for p in stacked]
 
         first = {q: self._last_seed(run, q, cotangents) for q in feeds}
-        zeros = [self._zero_gradient(run, p) for p in shared]
-        (back, sums), slices = lax.scan(
+        before = [self._zero_gradient(run, p) if totals[p] is None else totals[p] for p in shared]
+        (back, sums, added), slices = lax.scan(
             body,
-            (first, zeros),
-            ([tape.inputs[p] for p in looped], tape.residuals, extras),
+            (first, before, added),
+            ([tape.inputs[p] for p in looped], tape.residuals, extras, jnp.arange(run.length)),
             length=run.length,
             reverse=True,
         )
         found = {p: back[ways[p].output] for p in carried}
-        return found | dict(zip(shared, sums, strict=True)) | dict(zip(stacked, slices, strict=True))
+        return found | added | dict(zip(shared, sums, strict=True)) | dict(zip(stacked, slices, strict=True))
 
     def _zero_gradient(self, run: Run, port: int) -> Any:
         value, layout = run.local.gradient_of(port)
@@ -351,6 +394,12 @@ class Executor:
             return None
         rest = {r: x for r, x in cotangents.items() if r in own}
         return jnp.stack([self._seed_of(run, port, i, rest) for i in range(run.length)])
+
+
+def _added_at(total: Any, index: Any, x: Any) -> Any:
+    """The total with one layer's part added in its row."""
+    row = lax.dynamic_index_in_dim(total, index, keepdims=False)
+    return lax.dynamic_update_index_in_dim(total, row + x, index, 0)
 
 
 def make_executor(traced: Traced, plan: Plan, runs: Sequence[Run], layouts: Layouts) -> Executor:

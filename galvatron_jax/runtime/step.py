@@ -168,8 +168,10 @@ class Step(StepProgram):
     def _local(self, params: dict, model_state: dict, batch: dict) -> tuple[dict, dict, dict]:
         """All micro-batches on local arrays, then one synchronisation."""
 
-        def one(state: dict, leaves: dict, *, params: dict = params) -> tuple[dict, dict, Any, Gradients]:
-            result = self.executor.microbatch(params, state, leaves)
+        def one(
+            state: dict, leaves: dict, totals: Gradients | None = None, *, params: dict = params
+        ) -> tuple[dict, dict, Any, Gradients]:
+            result = self.executor.microbatch(params, state, leaves, totals)
             return new_state(state, result.values), *measures(self.executor, result.values), result.gradients
 
         if self.plan.num_microbatches == 1:
@@ -190,8 +192,9 @@ class Step(StepProgram):
             state, totals = carry
             # Tied to what changes, so that XLA does not gather ZeRO-3's parameters once, ahead of the loop.
             held, leaves = lax.optimization_barrier((params, leaves))
-            state, *found = one(state, leaves, params=held)
-            return (state, jax.tree.map(jnp.add, totals, tuple(found))), None
+            *before, gradients = totals
+            state, *found, gradients = one(state, leaves, gradients, params=held)
+            return (state, (*jax.tree.map(jnp.add, before, found), gradients)), None
 
         (state, totals), _ = lax.scan(body, (model_state, zeros), batch)
         return state, *totals
