@@ -232,10 +232,10 @@ def _make_network(names: Sequence[str], bandwidth_bits_per_s: float | None) -> N
         _ip("-n", name, "link", "set", "lo", "up")
         _ip("-n", name, "link", "set", name, "up")
         if bandwidth_bits_per_s is not None:
-            _call(["tc", "-n", name, "qdisc", "add", "dev", name, "root", *_limit(bandwidth_bits_per_s)])
+            _call(["tc", "-n", name, "qdisc", "add", "dev", name, "root", *limit(bandwidth_bits_per_s)])
 
 
-def _limit(bits_per_s: float) -> list[str]:
+def limit(bits_per_s: float) -> list[str]:
     """A token bucket: what it lets through at once is small beside messages that bandwidth matters to.
 
     The queue is long enough that no packet of the two connections is ever dropped.

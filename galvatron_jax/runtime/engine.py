@@ -135,6 +135,13 @@ class Engine:
             state: model state by path, whole.
             batch: local leaves of all micro-batches by path; dim 0 is the micro-batch.
         """
+        carry, after = self.begin(state, batch)
+        final, _ = lax.scan(lambda c, row: (self._tick(c, row, batch), None), carry, self._rows())
+        sums, weight = lax.psum((final["sums"], final["weight"]), self.axes)
+        return Outcome(final["gradients"], self._agreed(state, final["state"]) | after, sums, weight)
+
+    def begin(self, state: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What ticks hand on to one another, before the first; and the shared state after all, by path."""
         self.ticking, after = self.clock.before_each(state, self.table.num_microbatches) if self.clock else ({}, {})
         self.kept_packing = self.kept(state, batch)
         self.strides = self._strides()
@@ -148,9 +155,26 @@ class Engine:
             "received": self.received.zeros(),
             "cotangents": self.handed_back.zeros(),
         }
-        final, _ = lax.scan(lambda c, row: (self._tick(c, row, batch), None), carry, self._rows())
-        sums, weight = lax.psum((final["sums"], final["weight"]), self.axes)
-        return Outcome(final["gradients"], self._agreed(state, final["state"]) | after, sums, weight)
+        return carry, after
+
+    def turn(
+        self, number: int, way: str, carry: Mapping[str, Any], batch: Mapping[str, Any], microbatch: Any, slot: Any
+    ) -> dict[str, Any]:
+        """One virtual stage's program by itself, as a tick runs it: what is to be timed.
+
+        Args:
+            number: of the stage.
+            way: `forward` or `backward`.
+            carry: as `begin` gave it.
+            batch: as for `run`.
+            microbatch: a traced number.
+            slot: where its input lies, a traced number.
+        """
+        moved = _Moved(carry["received"], carry["cotangents"])
+        rest = {name: x for name, x in carry.items() if name not in ("received", "cotangents")}
+        program = self._program(self.stages[number], way, _Work(moved, batch, microbatch, slot))
+        rest, found = program((rest, moved.received if way == "forward" else moved.cotangents))
+        return {**carry, **rest, "received" if way == "forward" else "cotangents": found}
 
     def _rows(self) -> dict[str, Any]:
         table = self.table
@@ -184,14 +208,14 @@ class Engine:
         for way, passed in (("forward", moved.received), ("backward", moved.cotangents)):
             work = _Work(moved, batch, mine[f"{way}_microbatch"], mine[f"{way}_slot"])
             programs = {
-                stage.number: self._program(stage, way, work) for stage in self.stages if self._works(stage, way)
+                stage.number: self._program(stage, way, work) for stage in self.stages if self.works(stage, way)
             }
             rest, found = take_turn(mine[f"{way}_stage"], programs, (rest, passed))
             carry = {**carry, "received" if way == "forward" else "cotangents": found}
         received, cotangents = self._shift(carry["received"], 1), self._shift(carry["cotangents"], -1)
         return {**rest, "received": received, "cotangents": cotangents}
 
-    def _works(self, stage: Stage, way: str) -> bool:
+    def works(self, stage: Stage, way: str) -> bool:
         """Whether a stage has a program: where the schedule recomputes, the last forward is part of a backward."""
         return way == "backward" or not (stage.last and self.table.recomputes)
 

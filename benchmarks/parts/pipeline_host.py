@@ -1,0 +1,172 @@
+"""One host's share of `pipeline_time.py`: whole steps of a pipeline, its stages alone, and ticks without work.
+
+All of it runs the programs of the plan's own step. A stage's turn is the engine's, on arrays of the shapes that it has
+there. A step whose table is idle has the permutes of every tick, the synchronisation and the update, and no more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from galvatron_jax.cost.schedules import IDLE, ScheduleTable
+from galvatron_jax.models import registry
+from galvatron_jax.runtime.engine import Engine
+from galvatron_jax.runtime.pipeline import PipelineStep
+from galvatron_jax.runtime.program import State
+from galvatron_jax.runtime.step import build_step
+from galvatron_jax.spec.plan import LayerGroup, MeshAxis, Plan, Schedule, Stage
+from galvatron_jax.spec.strategy import LayerStrategy
+from galvatron_jax.trace.model import Traced, trace
+
+OPTIMIZER = optax.sgd(1e-3, momentum=0.9)
+
+
+class IdleStep(PipelineStep):
+    """The step with nothing to do in its ticks."""
+
+    @cached_property
+    def table(self) -> ScheduleTable:
+        busy = super().table
+        idle = np.full_like(busy.forward_stage, IDLE)
+        return dataclasses.replace(busy, forward_stage=idle, backward_stage=idle)
+
+
+def measure(
+    *, schedule: str, num_microbatches: int, global_batch: int, starts: list[int], sizes: dict[str, Any], steps: int
+) -> dict[str, Any]:
+    """Times on this host, each by both clocks, and the table."""
+    traced = trace_gpt(sizes, global_batch // num_microbatches)
+    plan = plan_of(traced, Schedule(schedule), num_microbatches, global_batch, starts)
+    step = build_step(traced, plan, OPTIMIZER)
+    assert isinstance(step, PipelineStep)
+    tokens = np.random.default_rng(0).integers(0, sizes["vocab_size"], (global_batch, sizes["seq_length"] + 1))
+    batch = step.place({"tokens": tokens.astype(np.int32)})
+    idle = IdleStep(**{field.name: getattr(step, field.name) for field in dataclasses.fields(step)})
+    state, measured = time_step(step, step.init(0), batch, steps)
+    _, without_work = time_step(idle, state, batch, steps)
+    stage = jax.process_index()
+    turns = {f"{way}_s": time_turn(step, stage, way, batch, steps) for way in ("forward", "backward")}
+    return {"step_s": measured, "idle_s": without_work, **turns}
+
+
+def trace_gpt(sizes: dict[str, Any], microbatch: int) -> Traced:
+    family = registry.family("gpt2")
+    config = registry.model_config("gpt2", "small", tie_embeddings=False, **sizes)
+
+    def make(seed: int | None) -> nnx.Module:
+        return family.model(config, rngs=nnx.Rngs(jax.random.key(0 if seed is None else seed)))
+
+    batch = family.example_batch(config, microbatch)
+    return trace(nnx.eval_shape(lambda: make(0)), family.loss_fn, batch, make=make, name="gpt")
+
+
+def plan_of(traced: Traced, schedule: Schedule, count: int, global_batch: int, starts: list[int]) -> Plan:
+    """Two stages on two devices."""
+    ends = [*starts[1:], len(traced.spec.layers)]
+    stages = [
+        Stage(groups=(LayerGroup(start=start, stop=stop, strategy=LayerStrategy()),))
+        for start, stop in zip(starts, ends, strict=True)
+    ]
+    return Plan(
+        model=traced.spec.name,
+        mesh=(MeshAxis(name="a", size=2, level="inter"),),
+        global_batch=global_batch,
+        num_microbatches=count,
+        schedule=schedule,
+        stages=tuple(stages),
+        pipeline_axes=("a",),
+    )
+
+
+def time_step(step: PipelineStep, state: State, batch: Any, steps: int) -> tuple[State, Clocked]:
+    """Medians of whole steps; each begins when all hosts have ended the one before."""
+    found = []
+    for _ in range(steps + 2):
+        jax.block_until_ready(state)
+        watch = Watch()
+        state, metrics = step.jitted(state, batch)
+        jax.block_until_ready((state, metrics))
+        found.append(watch.read())
+    return state, median(found[2:])
+
+
+def time_turn(step: PipelineStep, stage: int, way: str, batch: Any, steps: int) -> Clocked:
+    """Medians of one stage's program on this host's device alone; zero where it has none.
+
+    The difference between a call that takes the turns of all micro-batches and one that takes none.
+    """
+    program = turns(step, stage, way)
+    if program is None:
+        return Clocked(0.0, 0.0)
+    leaves = {name: jnp.asarray(x.addressable_shards[0].data) for name, x in batch.items()}
+    run, found, count = jax.jit(program), [], step.plan.num_microbatches
+    for _ in range(steps + 1):
+        read = []
+        for turns_taken in (0, count):
+            watch = Watch()
+            jax.block_until_ready(run(leaves, turns_taken))
+            read.append(watch.read())
+        none, all_of_them = read
+        found.append(Clocked((all_of_them.wall_s - none.wall_s) / count, (all_of_them.cpu_s - none.cpu_s) / count))
+    return median(found[1:])
+
+
+class Clocked(NamedTuple):
+    """Seconds by two clocks; that of the process's CPU time does not see other processes, nor what is waited for."""
+
+    wall_s: float
+    cpu_s: float
+
+
+class Watch:
+    def __init__(self) -> None:
+        self.begin = time.perf_counter(), time.process_time()
+
+    def read(self) -> Clocked:
+        return Clocked(time.perf_counter() - self.begin[0], time.process_time() - self.begin[1])
+
+
+def median(found: list[Clocked]) -> Clocked:
+    return Clocked(*(statistics.median(column) for column in zip(*found, strict=True)))
+
+
+def turns(step: PipelineStep, stage: int, way: str) -> Callable[[Any, Any], Any] | None:
+    """A function that takes a stage's turn on the first so many micro-batches, one after another."""
+    mesh = Mesh(np.array(jax.local_devices()[:1]), step.mesh.axis_names)
+    sizes = step.storage.stored.sizes
+
+    def local(leaves: Any, count: Any) -> Any:
+        params = {name: jnp.full(size, 0.02, name) for name, size in sizes.items()}
+        engine = Engine(step.table, step.stages, step.plan.pipeline_axes, params, step._unpack, step.clock)
+        if not engine.works(engine.stages[stage], way):
+            return None
+        carry, _ = engine.begin({}, leaves)
+
+        def body(number: Any, carry: Any) -> Any:
+            # What comes in differs from turn to turn, so that no work can be done once for all.
+            scale = jnp.where(number < 0, 0.0, 1.0)
+            moved = {name: jax.tree.map(lambda x: x * scale, carry[name]) for name in ("received", "cotangents")}
+            return engine.turn(stage, way, {**carry, **moved}, leaves, number, jnp.zeros((), jnp.int32))
+
+        return lax.fori_loop(0, count, body, carry)
+
+    whole = PartitionSpec()
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(whole, whole), out_specs=whole, check_vma=False)
+    return None if jax.eval_shape(mapped, leaves_of(step), 1) is None else mapped
+
+
+def leaves_of(step: PipelineStep) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in step.batch_shapes.items()}
