@@ -109,6 +109,9 @@ class Search:
     would bring."""
     check: bool = False
     """Solve the winner's problem once more by an independent solver, and exit 1 if that finds a faster plan."""
+    verify: int | None = None
+    """Compile the best plans of N families by XLA's GPU compiler, as the command verify does, drop those that do not
+    fit, and take the fastest that is left; the cluster must be a preset of h100, h200 or a100."""
     sweep: Annotated[Repeated, tyro.conf.arg(metavar="QUANTITY=VALUES")] = ()
     """Search every combination: memory=16GiB:80GiB:8GiB, devices=8,16,32, batch=64,128, intra-bandwidth=x0.5,x1,x2,
     inter-bandwidth=x1,x2; may be given several times."""
@@ -120,6 +123,32 @@ class Search:
     """File for the timeline of the plan's schedule: .png, .svg or .pdf, or .json for https://ui.perfetto.dev."""
     virtual_cpus: int = 8
     """Virtual CPU devices for the cluster live, where the machine has no accelerator."""
+    json: bool = False
+    """Print one JSON document on stdout, everything else on stderr."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Compile a plan's step by XLA's GPU compiler for GPUs that are not here; compare with the prediction.
+
+    Shows peak memory, every collective, FLOPs, and a replay of the compiled schedule. Exits 1 when the peak is over the
+    budget. Needs no GPU, but the compiler: pip install 'galvatron-jax[verify]'.
+
+    For example:
+      galvatron-jax verify plan.json --model gpt2:small --target h100x64
+      galvatron-jax verify plan.json --model llama:llama2-7b --target a100x8 --memory 40GiB --json
+    """
+
+    plan: Annotated[str, Positional, tyro.conf.arg(metavar="PLAN")]
+    """Plan to compile, .json or .toml."""
+    model: str
+    """Model of the zoo (family:size), a .toml file, or module:function of your own."""
+    target: str
+    """Devices to compile for: h100, h200 or a100 with x and their number, such as h100x64."""
+    memory: str | None = None
+    """Budget per device, such as 80GiB; by default all of the device's memory."""
+    optimizer: str = "adamw"
+    """Optimizer of the step: adamw, adam, sgd, lion or adafactor."""
     json: bool = False
     """Print one JSON document on stdout, everything else on stderr."""
 
@@ -145,4 +174,4 @@ class Show:
     """Print one JSON document on stdout, everything else on stderr."""
 
 
-Command = Train | Profile | Search | Show
+Command = Train | Profile | Search | Verify | Show

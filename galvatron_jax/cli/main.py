@@ -20,6 +20,7 @@ _COMMANDS = (
     Annotated[arguments.Train, tyro.conf.subcommand("train")]
     | Annotated[arguments.Profile, tyro.conf.subcommand("profile")]
     | Annotated[arguments.Search, tyro.conf.subcommand("search")]
+    | Annotated[arguments.Verify, tyro.conf.subcommand("verify")]
     | Annotated[arguments.Show, tyro.conf.subcommand("show")]
 )
 
@@ -27,6 +28,7 @@ _MODULES = {
     arguments.Train: "galvatron_jax.cli.train",
     arguments.Profile: "galvatron_jax.cli.profile",
     arguments.Search: "galvatron_jax.cli.search",
+    arguments.Verify: "galvatron_jax.cli.verify",
     arguments.Show: "galvatron_jax.cli.show",
 }
 """Where each command lives. Imported when it runs, as most of them import JAX."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from galvatron_jax.cli.arguments import Search
 from galvatron_jax.cli.output import Output
 from galvatron_jax.cli.questions import make_question, read_wishes
+from galvatron_jax.cli.verified import prepare_verifying, verified_documents, verify_result
 from galvatron_jax.report.explanations import explanation
 from galvatron_jax.report.figures import save_figure
 from galvatron_jax.report.searches import search_report
@@ -23,6 +24,9 @@ from galvatron_jax.search.problems import Progress as Told
 from galvatron_jax.search.question import Question
 from galvatron_jax.search.sensitivity import DEFAULT_LIMIT_S, Sensitivity, sensitivities
 from galvatron_jax.search.sweeps import SweepAxis, run_sweep
+
+if TYPE_CHECKING:
+    from galvatron_jax.verify.verification import Verification
 
 DONE, FAILED = 0, 1
 
@@ -40,11 +44,16 @@ def run(arguments: Search, output: Output) -> int:
         InfeasibleError: when no plan fits the budget.
     """
     wishes = read_wishes(arguments)
+    if arguments.verify is not None:
+        prepare_verifying(arguments)
     question = make_question(arguments, wishes, output)
     if wishes.axes:
         return _sweep(arguments, question, wishes.axes, output)
     with _progress(output) as told:
         result = question.answer(time_limit_s=arguments.time_limit, progress=told)
+    verified: tuple[Verification, ...] = ()
+    if arguments.verify is not None:
+        result, verified = verify_result(arguments, result, wishes.memory_bytes, output)
     found: tuple[Sensitivity, ...] = ()
     if arguments.explain:
         limit_s = min(arguments.time_limit or DEFAULT_LIMIT_S, DEFAULT_LIMIT_S)
@@ -56,7 +65,7 @@ def run(arguments: Search, output: Output) -> int:
     output.show(f"Note: {note}" for note in question.model.notes)
     _save(arguments, result, output)
     checked = _check(arguments, question, result, output) if arguments.check else None
-    output.result(_document(result, found, checked))
+    output.result({**_document(result, found, checked), "verified": verified_documents(verified)})
     return FAILED if checked is not None and checked.refuted else DONE
 
 

@@ -184,6 +184,6 @@ def plugin_installed() -> bool:
 def _way_out() -> str:
     if not plugin_installed():
         return f"Install it by: {INSTALL} (it needs no GPU)."
-    if jax.config.jax_platforms != "cpu":
+    if getattr(jax.config, "jax_platforms", None) != "cpu":
         return "It is installed, but JAX looked for a GPU first: set JAX_PLATFORMS=cpu before Python starts."
     return "It is installed; its version must be that of jaxlib: compare them with pip list."

@@ -39,6 +39,16 @@ class Traffic:
         """Devices of a group."""
         return self.inside * self.nodes
 
+    @property
+    def wire_bytes(self) -> float:
+        """That each device sends, by the algorithms of `cost.links`: what unlike operations can be compared by."""
+        kind, others = _KINDS[self.operation], self.members - 1
+        if kind is CollectiveKind.PERMUTE:
+            return self.bytes
+        if kind is CollectiveKind.ALL_GATHER:
+            return self.bytes * others
+        return self.bytes * others / self.members * (2 if kind is CollectiveKind.ALL_REDUCE else 1)
+
 
 def collective_of(
     module: Module, computation: Computation, instruction: Instruction, *, per_node: int

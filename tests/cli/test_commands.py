@@ -76,7 +76,7 @@ def test_wrong_options_exit_2(capfd, arguments):
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("command", ["train", "profile", "search", "show"])
+@pytest.mark.parametrize("command", ["train", "profile", "search", "verify", "show"])
 def test_every_command_has_help_with_examples(capfd, command):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -84,10 +84,12 @@ def test_every_command_has_help_with_examples(capfd, command):
     assert f"galvatron-jax {command} " in capfd.readouterr().out.split("For example:")[1]
 
 
-@pytest.mark.parametrize("command", [arguments.Train, arguments.Profile, arguments.Search, arguments.Show])
+@pytest.mark.parametrize(
+    "command", [arguments.Train, arguments.Profile, arguments.Search, arguments.Verify, arguments.Show]
+)
 def test_every_option_is_in_the_documentation(command):
     described = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
-    positional, renamed = {"config", "paths"}, {"overrides": "set"}
+    positional, renamed = {"config", "paths", "plan"}, {"overrides": "set"}
     names = [renamed.get(one.name, one.name) for one in fields(command) if one.name not in positional]
     assert [name for name in names if f"--{name.replace('_', '-')}" not in described] == []
 
