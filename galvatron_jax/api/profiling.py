@@ -14,7 +14,8 @@ from galvatron_jax.api.clusters import LIVE, resolve_cluster
 from galvatron_jax.api.decorator import recipe_of
 from galvatron_jax.api.layer_programs import timed_layer
 from galvatron_jax.errors import InputError
-from galvatron_jax.profiler import choose_points, profile
+from galvatron_jax.profiler import Sampling, choose_points, profile
+from galvatron_jax.profiler.timing import DEFAULT_SAMPLING
 from galvatron_jax.runtime.data import batch_size
 from galvatron_jax.search import SearchSpace, meshes_for
 from galvatron_jax.spec.cluster import ClusterSpec
@@ -82,6 +83,7 @@ def measure_profile(
     space: SearchSpace,
     cache_dir: str | None,
     progress: bool | None,
+    sampling: Sampling = DEFAULT_SAMPLING,
 ) -> Profile:
     """Measures the layers of a traced model and the collectives of the live devices.
 
@@ -92,6 +94,7 @@ def measure_profile(
         space: what the search may choose from.
         cache_dir: where measurements are kept.
         progress: whether to draw progress.
+        sampling: effort per point.
     """
     mesh = meshes_for(cluster)[0]
     sizes = mesh_shape(mesh)
@@ -111,7 +114,7 @@ def measure_profile(
         stages=[[axis.name for axis in stage] for stage in stages],
     )
     programs = [(point, partial(timed_layer, traced, point, mesh=sizes)) for point in points]
-    return profile(traced.spec, programs, cluster=cluster, cache_dir=cache_dir, progress=progress)
+    return profile(traced.spec, programs, cluster=cluster, cache_dir=cache_dir, progress=progress, sampling=sampling)
 
 
 def stage_meshes(mesh: tuple[MeshAxis, ...], space: SearchSpace) -> list[tuple[MeshAxis, ...]]:

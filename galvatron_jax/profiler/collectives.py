@@ -15,8 +15,8 @@ from galvatron_jax.profiler.everywhere import LocalFunction
 from galvatron_jax.spec.profile import CollectiveKind, CollectiveTiming
 from galvatron_jax.units import KIB, MIB, format_bytes
 
-# There are many, and each is repeated often within one sample.
-_BUDGET_S = 0.08
+_BUDGET_SHARE = 1 / 3
+"""Of the time for a point: there are many, and each is repeated often within one sample."""
 
 CollectivePoint = tuple[CollectiveKind, AxisGroup, int]
 """What to measure: operation, group, payload in bytes as `CollectiveTiming.bytes` counts it."""
@@ -73,8 +73,7 @@ def measure_collective(bench: Bench, point: CollectivePoint) -> CollectiveTiming
         "bytes": payload,
         "mesh": "x".join(str(size) for size in bench.mesh.devices.shape),
     }
-    budget_s = min(bench.sampling.budget_s, _BUDGET_S)
-    brief = replace(bench, sampling=replace(bench.sampling, budget_s=budget_s))
+    brief = replace(bench, sampling=replace(bench.sampling, budget_s=_BUDGET_SHARE * bench.sampling.budget_s))
     timing = brief.time(key, lambda: (collective_function(kind, group), [local]))
     return CollectiveTiming(kind=kind, axis_size=group.size, level=group.level, bytes=payload, timing=timing)
 
