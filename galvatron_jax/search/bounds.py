@@ -79,8 +79,8 @@ class Bounds:
         priced = _price_all(problem, tables, budget_bytes, once=1 / problem.num_microbatches)
         load = _loads(problem, priced)
         return cls(
-            problem, load, forward, backward, once, _first(load), _last(load), _even_share(problem), priced,
-            budget_bytes,
+            problem, load, forward, backward, once, slowest_first(load), slowest_last(load), _even_share(problem),
+            priced, budget_bytes,
         )  # fmt: skip
 
     @cached_property
@@ -96,7 +96,7 @@ class Bounds:
     @cached_property
     def _slowest(self) -> np.ndarray:
         """The slowest of the last stages over the last layers, cut best. float64[stages + 1, layers + 1]."""
-        return _last(self.busy)
+        return slowest_last(self.busy)
 
     # ------------------------------------------------------------------------------------------ of completions
 
@@ -430,7 +430,7 @@ def _prices(own: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     return every[np.linspace(0, len(every) - 1, _PRICES).astype(int)]
 
 
-def _first(busy: np.ndarray) -> np.ndarray:
+def slowest_first(busy: np.ndarray) -> np.ndarray:
     """The slowest of the first stages over the first layers, cut best. float64[stages + 1, layers + 1]."""
     found = np.full((busy.shape[0] + 1, busy.shape[1]), np.inf)
     found[0, 0] = 0.0
@@ -439,7 +439,7 @@ def _first(busy: np.ndarray) -> np.ndarray:
     return found
 
 
-def _last(busy: np.ndarray) -> np.ndarray:
+def slowest_last(busy: np.ndarray) -> np.ndarray:
     """The slowest of the last stages over the last layers, cut best. float64[stages + 1, layers + 1]."""
     found = np.full((busy.shape[0] + 1, busy.shape[1]), np.inf)
     found[0, -1] = 0.0

@@ -24,7 +24,7 @@ from galvatron_jax.search.pipelines import (
     layouts_of,
     least_pipeline,
 )
-from galvatron_jax.search.problems import Best, Effort, Problem, Progress, build_problems, fastest, least_memory
+from galvatron_jax.search.problems import Best, Chains, Effort, Problem, Progress, build_problems, fastest, least_memory
 from galvatron_jax.search.space import Rule, SearchSpace, meshes_for
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.model import ModelSpec
@@ -200,22 +200,23 @@ def _attempt(request: _Request) -> _Attempt:
     """Builds and solves all problems: one stage first, whose best bounds the pipelines."""
     effort, budget = Effort(), request.budget_bytes
     space = request.space
-    chains = _chains(request, effort) if space.pipeline_degrees is None or 1 in space.pipeline_degrees else []
-    best: Best | PipelineBest | None = fastest(chains, memory_bytes=budget, effort=effort, deadline=request.deadline)
+    problems = _chains(request, effort) if space.pipeline_degrees is None or 1 in space.pipeline_degrees else []
+    chains = Chains(problems, budget, effort)
+    chains.relax()
     layouts = layouts_of(request.meshes, space)
     models = [(layout, _costs(request, layout.stage_axes, layout.pipeline_axes)) for layout in layouts]
-    upper = best.solution.seconds if best is not None else math.inf
     others = PipelineSearch(
         request.global_batch, budget, space, effort, deadline=request.deadline, progress=request.progress
-    ).run(models, upper)
-    if others:
-        best = others[-1]
+    ).run(models, chains.upper_s)
+    upper = others[-1].solution.seconds if others else math.inf
+    chains.close(upper_s=upper, deadline=request.deadline)
+    best: Best | PipelineBest | None = others[-1] if others and upper < chains.upper_s else chains.best
     nearest = best
     if nearest is None:
-        nearest = least_memory(chains) if chains else _least_pipeline(request, models)
-    unlimited = min([problem.bound_s for problem in chains], default=0.0)
+        nearest = least_memory(problems) if problems else _least_pipeline(request, models)
+    unlimited = min([problem.bound_s for problem in problems], default=0.0)
     plan = _plan_of(nearest, memory_bytes=budget)
-    return _Attempt(chains, best, nearest, plan, tuple(others[:-1]), unlimited, effort)
+    return _Attempt(problems, best, nearest, plan, tuple(one for one in others if one is not best), unlimited, effort)
 
 
 def _least_pipeline(request: _Request, models: list[tuple[Layout, CostModel]]) -> PipelineBest:
@@ -292,7 +293,7 @@ def _runners_up(found: _Attempt, *, memory_bytes: int) -> tuple[RunnerUp, ...]:
         restricted = sorted((chain for chain in chains if chain is not None), key=lambda problem: problem.bound_s)
         if not restricted:
             continue
-        best = fastest(restricted, memory_bytes=memory_bytes, exact=False)
+        best = fastest(restricted, memory_bytes=memory_bytes)
         plan = make_plan(best or least_memory(restricted), memory_bytes=memory_bytes)
         if _differs(plan, winner, others):
             others.append(RunnerUp(family.name, plan, fits=best is not None))

@@ -93,7 +93,7 @@ class Limits:
     bytes: float
     load_s: float = np.inf
     """Seconds of one stage per micro-batch, its part of what is done once a step included."""
-    labels: int = 150
+    labels: int = 3_000
     """Kept per layer; beyond it the front is not complete."""
 
 

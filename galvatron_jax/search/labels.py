@@ -95,7 +95,7 @@ def close_gap(
         moves, before = chain.moves[index - 1] if index else None, fronts[-1] if fronts else None
         front = _extend(members[id(layer)], moves, before)
         front = _prune(front, tails, index, limit_bytes, multiplier, best.upper_s)
-        front = front.take(_pareto_index(front.seconds, front.resident, front.label))
+        front = front.take(pareto_index(front.seconds, front.resident, front.label))
         if len(front.seconds) > _MAX_FRONT:
             keep = np.argpartition(front.seconds + multiplier * front.resident, _MAX_FRONT)[:_MAX_FRONT]
             front, complete = front.take(keep), False
@@ -166,7 +166,7 @@ def _extend(members: _Members, moves: np.ndarray | None, front: _Front | None) -
     group = np.broadcast_to(np.arange(shape[0])[:, None], shape).ravel()
     resident = np.broadcast_to(front.resident, shape).ravel()
     arrival = arrival.ravel()
-    alive = _pareto_index(arrival, resident, group)
+    alive = pareto_index(arrival, resident, group)
     here = group[alive]
     count = members.count[here]
     # Each label that goes on, once for every option of the class it goes on to.
@@ -191,7 +191,7 @@ def _prune(front: _Front, tails: list[_Tails], index: int, limit: int, multiplie
     return front.take(np.flatnonzero(alive))
 
 
-def _pareto_index(seconds: np.ndarray, resident: np.ndarray, group: np.ndarray) -> np.ndarray:
+def pareto_index(seconds: np.ndarray, resident: np.ndarray, group: np.ndarray) -> np.ndarray:
     """What nothing in the same group beats in both seconds and bytes; in order of group and bytes."""
     count = len(seconds)
     order = np.lexsort((seconds, resident, group))

@@ -32,8 +32,12 @@ class ChainBuilder:
         frequent = max(slots, key=slots.count)
         if allowed is not None and not any(map(allowed, self.tables.candidates(frequent.wiring.kind, batching))):
             return None
-        tables = {slot: self._table(slot, batching, allowed) for slot in dict.fromkeys(slots)}
-        variants = tie_variants([tables[slot] for slot in slots], self.tables.costs.wiring.tied)
+        while True:
+            tables = {slot: self._table(slot, batching, allowed) for slot in dict.fromkeys(slots)}
+            variants = tie_variants([tables[slot] for slot in slots], self.tables.costs.wiring.tied)
+            if variants or allowed is not None or not self.tables.let_tied_repeat(batching):
+                break
+            self._undominated.clear()
         options = {slot: _finish(table, variants, batching.num_microbatches) for slot, table in tables.items()}
         if not variants or any(not layer.admitted.any(axis=0).any() for layer in options.values()):
             return None

@@ -17,9 +17,12 @@ import numpy as np
 
 from galvatron_jax.search.balance import balanced
 from galvatron_jax.search.bounds import Bounds
+from galvatron_jax.search.cut import CutSolver
+from galvatron_jax.search.cuts import CutFinder
 from galvatron_jax.search.draft import draft
 from galvatron_jax.search.exchange import exchange
 from galvatron_jax.search.fronts import FrontBuilder, Limits, StageFront, pareto
+from galvatron_jax.search.minima import Known, StageMinima
 from galvatron_jax.search.pipeline import Pipeline, PipelineSolution, evaluate
 from galvatron_jax.search.polish import polish
 from galvatron_jax.search.sketch import SketchBuilder
@@ -28,9 +31,11 @@ TOLERANCE = 1e-12
 """Relative difference of seconds that counts as none: rounding of sums in another order."""
 _GUESSES = (1.003, 1.01, 1.03, 1.1, 1.3, 2.0)
 """Tried in turn, as multiples of the lower bound: seconds of the best plan."""
+_FAR = (1.3, 2.0)
+"""The same, where stages are solved for all of them at once."""
 _NEIGHBOURS = 4
 """Moved cuts whose options are exchanged, the fastest."""
-_EXACT_LABELS = 6_000
+_EXACT_LABELS = 200_000
 """Of stages and beginnings together: an exact attempt that needs more gives up."""
 _SKETCHED = 200
 """Beginnings that go on from each layer of a sketch."""
@@ -287,16 +292,22 @@ class PipelineSolver:
     """No solution is faster, among those faster than what `bound` was asked about."""
     cuts: tuple[tuple[int, ...], ...] = ()
     """Those that gave the bound."""
+    known: Known = field(default_factory=Known, repr=False)
+    """Of stages, shared with other problems."""
 
     @classmethod
-    def of(cls, problem: Pipeline, *, budget_bytes: int, deadline: float | None = None) -> PipelineSolver | None:
+    def of(
+        cls, problem: Pipeline, *, budget_bytes: int, deadline: float | None = None, known: Known | None = None
+    ) -> PipelineSolver | None:
         """A solver; None where nothing fits for sure."""
         budget = budget_bytes - problem.fixed_bytes
         if budget < 0 or problem.num_stages > len(problem.layers):
             return None
         bounds = Bounds.of(problem, budget)
         least = bounds.seconds()
-        return cls(problem, budget, bounds, deadline, bound_s=least) if math.isfinite(least) else None
+        if not math.isfinite(least):
+            return None
+        return cls(problem, budget, bounds, deadline, bound_s=least, known=known or Known())
 
     def bound(self, upper_s: float) -> float:
         """Seconds that no solution faster than `upper_s` undercuts."""
@@ -345,26 +356,68 @@ class PipelineSolver:
         """The optimum if it is faster than `upper_s`; or, where that takes too many labels, what no solution undercuts.
 
         Returns:
-            The optimum, if there is one and it was found; and the bound, infinite where nothing is left open.
+            The best found, if it is faster; and the bound, infinite where nothing is left open.
         """
+        if self.problem.num_chunks == 1:
+            return self._by_cuts(upper_s)
         bound = self.bound_s
         for aim in self._aims(upper_s):
-            limits = Limits(self.budget_bytes, self.bounds.longest_stage(aim))
-            try:
-                solver = self._attempt(aim, FrontBuilder(self.problem, self.bounds, limits))
-            except _TooManyError:
-                return None, bound
-            if not solver.proven:
-                return solver.best, bound
-            if solver.best is not None:
-                return solver.best, math.inf
+            found, least = self._by_labels(aim)
+            if found is not None or least < math.inf:
+                return found, max(bound, least) if least < math.inf else least
             bound = aim
         return None, math.inf
 
-    def _aims(self, upper_s: float) -> Iterator[float]:
+    def _by_cuts(self, upper_s: float) -> tuple[PipelineSolution | None, float]:
+        """As `exact`, one way to cut after another."""
+        bound = self.bound_s
+        for most in self._aims(upper_s, _FAR):
+            minima = StageMinima(self.problem, self.budget_bytes, self.deadline, self.known)
+            finder = CutFinder(self.problem, self.bounds, minima, most)
+            for aim in self._aims(most):
+                found, left_open = self._solve_cuts(finder, minima, aim)
+                if found is not None or left_open < math.inf:
+                    return found, max(bound, left_open)
+                bound = aim
+        return None, math.inf
+
+    def _solve_cuts(
+        self, finder: CutFinder, minima: StageMinima, aim_s: float
+    ) -> tuple[PipelineSolution | None, float]:
+        cuts = finder.find(aim_s)
+        if cuts is None:
+            return None, self.bound_s
+        best, left_open = None, math.inf
+        for starts, bound in zip(cuts.starts.tolist(), cuts.bound_s.tolist(), strict=True):
+            if bound >= aim_s * (1 - TOLERANCE):
+                break
+            if self._late():
+                left_open = min(left_open, bound)
+                break
+            solver = CutSolver(self.problem, self.bounds, minima, tuple(starts), aim_s, self.deadline)
+            solver.run()
+            self.labels += solver.labels
+            if solver.best is not None:
+                best, aim_s = solver.best, solver.best.seconds
+            left_open = min(left_open, max(bound, solver.bound_s))
+        return best, left_open if left_open < aim_s else math.inf
+
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def _by_labels(self, aim_s: float) -> tuple[PipelineSolution | None, float]:
+        """As `exact`, all stages at once."""
+        limits = Limits(self.budget_bytes, self.bounds.longest_stage(aim_s))
+        try:
+            solver = self._attempt(aim_s, FrontBuilder(self.problem, self.bounds, limits))
+        except _TooManyError:
+            return None, self.bound_s
+        return solver.best, math.inf if solver.proven else self.bound_s
+
+    def _aims(self, upper_s: float, factors: tuple[float, ...] = _GUESSES) -> Iterator[float]:
         """Seconds to beat: a tight guess leaves little to look at, and what beats it is the best."""
         bound = self.bound_s
-        yield from (bound * factor for factor in _GUESSES if bound * factor < upper_s)
+        yield from (bound * factor for factor in factors if bound * factor < upper_s)
         yield upper_s
 
     def _attempt(self, aim_s: float, builder: FrontBuilder | SketchBuilder) -> _Solver:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.pipeline import Pipelining
+from galvatron_jax.search.minima import Known
 from galvatron_jax.search.partition import TOLERANCE, PipelineSolver
 from galvatron_jax.search.pipeline import Pipeline, PipelineSolution
 from galvatron_jax.search.problems import Effort, Progress
@@ -147,6 +148,7 @@ class PipelineSearch:
     progress: Progress | None = None
     _upper_s: float = math.inf
     _found: list[PipelineBest] = field(default_factory=list)
+    _known: Known = field(default_factory=Known, repr=False)
 
     def run(self, models: Sequence[tuple[Layout, CostModel]], upper_s: float) -> list[PipelineBest]:
         """Ever faster solutions that fit and beat `upper_s`; the last is the best.
@@ -222,7 +224,7 @@ class PipelineSearch:
         return sorted(found, key=lambda pair: pair[0].bound_s)
 
     def _solver(self, pipeline: Pipeline) -> PipelineSolver | None:
-        return PipelineSolver.of(pipeline, budget_bytes=self.memory_bytes, deadline=self.deadline)
+        return PipelineSolver.of(pipeline, budget_bytes=self.memory_bytes, deadline=self.deadline, known=self._known)
 
     def _draft(self, problems: list[tuple[PipelineProblem, PipelineSolver]]) -> Iterator[_Drafted]:
         for problem, solver in problems:

@@ -37,7 +37,7 @@ _COMBINATIONS = 50_000
 
 
 @dataclass
-class _Stage:
+class StageChoices:
     """One stage of the cut, with the choices known for it."""
 
     number: int
@@ -74,7 +74,7 @@ def polish(
         exact: whether each stage's choice is the best at its prices, or only a good one, in a fifth of the time.
     """
     stops = (*found.starts[1:], len(problem.layers))
-    stages = [_Stage(number, *ends) for number, ends in enumerate(zip(found.starts, stops, strict=True))]
+    stages = [StageChoices(number, *ends) for number, ends in enumerate(zip(found.starts, stops, strict=True))]
     for stage in stages:
         stage.add(problem, found.options[stage.start : stage.stop], budget_bytes)
     weights = np.tile([problem.num_microbatches, problem.num_microbatches, 1.0], (len(stages), 1))
@@ -84,16 +84,17 @@ def polish(
         new = [_price(problem, stage, weights[stage.number], budget_bytes, exact) for stage in stages]
         if not any(new):
             break
-        weights = _weights(problem, stages)
+        weights = stage_weights(problem, stages)
     # Mixtures of choices beat pure ones: choices that are the best at other prices may do better together.
     for stage, tilt in itertools.product(stages, _TILTS):
         if deadline is not None and time.monotonic() > deadline:
             break
         _price(problem, stage, weights[stage.number] * tilt, budget_bytes, exact)
-    return _best_pure(problem, stages, found)
+    better = best_pure(problem, stages, found.starts)
+    return better if better.seconds < found.seconds else found
 
 
-def _price(problem: Pipeline, stage: _Stage, weight: np.ndarray, budget_bytes: float, exact: bool) -> bool:
+def _price(problem: Pipeline, stage: StageChoices, weight: np.ndarray, budget_bytes: float, exact: bool) -> bool:
     """Adds a stage's best choice when its seconds have these prices; whether that is new."""
     if any(
         problem.options(layer, stage.start) is not problem.layers[layer] for layer in range(stage.start, stage.stop)
@@ -112,7 +113,7 @@ def _price(problem: Pipeline, stage: _Stage, weight: np.ndarray, budget_bytes: f
     return solution is not None and stage.add(problem, solution.options, budget_bytes)
 
 
-def _weights(problem: Pipeline, stages: Sequence[_Stage]) -> np.ndarray:
+def stage_weights(problem: Pipeline, stages: Sequence[StageChoices]) -> np.ndarray:
     """What a second forward, backward and once a step of each stage is worth. float64[stages, 3]."""
     kinds = problem.kinds
     ticks, size = len(kinds.count), sum(len(stage.sums) for stage in stages)
@@ -131,14 +132,16 @@ def _weights(problem: Pipeline, stages: Sequence[_Stage]) -> np.ndarray:
             column += 1
     solved = linprog(objective, A_ub=rows, b_ub=np.zeros(len(rows)), A_eq=whole, b_eq=np.ones(len(stages)))
     if solved.status != 0:
-        return np.tile([problem.num_microbatches, problem.num_microbatches, 1.0], (len(stages), 1))
-    price = -solved.ineqlin.marginals.reshape(len(stages), ticks + 1)
+        return np.tile([problem.num_microbatches, problem.num_microbatches, 1.0], (len(stages), 1)) / len(stages)
+    price = np.maximum(-solved.ineqlin.marginals.reshape(len(stages), ticks + 1), 0.0)
+    # Weights of one tick add up to no more than its own, whatever the solver's tolerance.
+    price *= np.minimum(1.0, objective[: ticks + 1] / np.maximum(price.sum(0), 1e-300))
     forward = (price[:, :ticks] * kinds.forward.T).sum(1)
     backward = (price[:, :ticks] * kinds.backward.T).sum(1)
     return np.stack([forward, backward, price[:, ticks]], axis=1)
 
 
-def _best_pure(problem: Pipeline, stages: Sequence[_Stage], found: PipelineSolution) -> PipelineSolution:
+def best_pure(problem: Pipeline, stages: Sequence[StageChoices], starts: tuple[int, ...]) -> PipelineSolution:
     """The best combination of one choice per stage."""
     kept = [list(range(len(stage.sums))) for stage in stages]
     while math.prod(len(choices) for choices in kept) > _COMBINATIONS:
@@ -155,5 +158,4 @@ def _best_pure(problem: Pipeline, stages: Sequence[_Stage], found: PipelineSolut
     seconds = makespan(problem.kinds, table[..., 0], table[..., 1]) + table[..., 2].max(1)
     best = choices[int(np.argmin(seconds))]
     options = tuple(o for stage, choice in zip(stages, best, strict=True) for o in stage.options[choice])
-    better = evaluate(problem, found.starts, options)
-    return better if better.seconds < found.seconds else found
+    return evaluate(problem, starts, options)

@@ -139,40 +139,50 @@ def make_problem(
     return Problem(builder, batching, chain, fixed_bytes(builder.tables.costs, batching), bound)
 
 
-def fastest(
-    problems: list[Problem],
-    *,
-    memory_bytes: int,
-    effort: Effort | None = None,
-    exact: bool = True,
-    deadline: float | None = None,
-) -> Best | None:
-    """The fastest solution that fits, over problems sorted by bound; None when nothing fits.
+@dataclass
+class Chains:
+    """All chains of a search, first relaxed, then closed: the best solution known by then leaves little to close."""
 
-    All problems are relaxed before any is closed: the best solution known by then leaves little to close.
-    """
-    best, effort = None, effort or Effort()
-    relaxed: list[tuple[Problem, Relaxed]] = []
-    for problem in problems:
-        upper = best.solution.seconds if best is not None else math.inf
-        if problem.bound_s >= upper:
-            break
-        found = relax(problem.chain, budget_bytes=memory_bytes - problem.fixed_bytes, upper_s=upper)
-        relaxed.append((problem, found))
-        effort.solved += 1
-        if found.solution is not None:
-            best = Best(problem, found.solution)
-    if not exact:
-        return best
-    for problem, found in sorted(relaxed, key=lambda pair: pair[1].least_s):
-        upper = best.solution.seconds if best is not None else math.inf
-        closed = close(found, upper_s=upper, deadline=deadline)
-        effort.labels += closed.labels
-        if not closed.proven:
-            effort.leave_open(found.least_s)
-        if closed.solution is not None:
-            best = Best(problem, closed.solution)
-    return best
+    problems: list[Problem]
+    """The one with the lowest bound first."""
+    memory_bytes: int
+    effort: Effort
+    best: Best | None = None
+    """The fastest that fits, so far."""
+    _relaxed: list[tuple[Problem, Relaxed]] = field(default_factory=list, repr=False)
+
+    @property
+    def upper_s(self) -> float:
+        """Seconds of the best."""
+        return self.best.solution.seconds if self.best is not None else math.inf
+
+    def relax(self) -> None:
+        """Finds a good solution."""
+        for problem in self.problems:
+            if problem.bound_s >= self.upper_s:
+                break
+            found = relax(problem.chain, budget_bytes=self.memory_bytes - problem.fixed_bytes, upper_s=self.upper_s)
+            self._relaxed.append((problem, found))
+            self.effort.solved += 1
+            if found.solution is not None:
+                self.best = Best(problem, found.solution)
+
+    def close(self, *, upper_s: float = math.inf, deadline: float | None = None) -> None:
+        """Finds the best solution, if it is faster than `upper_s`."""
+        for problem, found in sorted(self._relaxed, key=lambda pair: pair[1].least_s):
+            closed = close(found, upper_s=min(upper_s, self.upper_s), deadline=deadline)
+            self.effort.labels += closed.labels
+            if not closed.proven:
+                self.effort.leave_open(found.least_s)
+            if closed.solution is not None:
+                self.best = Best(problem, closed.solution)
+
+
+def fastest(problems: list[Problem], *, memory_bytes: int) -> Best | None:
+    """A fast solution that fits, over problems sorted by bound; not in general the optimum. None when nothing fits."""
+    chains = Chains(problems, memory_bytes, Effort())
+    chains.relax()
+    return chains.best
 
 
 def least_memory(problems: list[Problem]) -> Best:

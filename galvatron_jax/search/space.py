@@ -113,7 +113,13 @@ class SearchSpace:
             microbatch: examples of one micro-batch over all devices; dp must divide it.
             pruned: counts what each rule removes.
         """
-        kept = self._admitted(kind, mesh, microbatch, pruned)
+        return self._strategies(kind, self._admitted(kind, mesh, microbatch, pruned), pruned)
+
+    def repeating(self, kind: LayerKind, *, mesh: tuple[MeshAxis, ...], microbatch: int) -> tuple[LayerStrategy, ...]:
+        """Strategies for a layer that no other suits: as much dp as divides, the remaining axes repeat the work."""
+        return self._strategies(kind, [_idle(mesh, microbatch)], Counter())
+
+    def _strategies(self, kind: LayerKind, kept: list[_Axes], pruned: Counter[str]) -> tuple[LayerStrategy, ...]:
         return tuple(
             _strategy(dp, tp, sp, sp_kind, zero, remat)
             for remat in self.remat

@@ -31,6 +31,7 @@ class PipelineBuilder:
     tables: TableBuilder
     _undominated: dict[tuple, Table] = field(default_factory=dict, repr=False)
     _edges: dict[tuple, np.ndarray] = field(default_factory=dict, repr=False)
+    _made: dict[tuple, tuple[Table, StageOptions]] = field(default_factory=dict, repr=False)
 
     def build(self, pipelining: Pipelining, batching: Batching, allowed: Allowed | None = None) -> Iterator[Pipeline]:
         """One problem for each joint layout of the tied parameters.
@@ -48,8 +49,13 @@ class PipelineBuilder:
             None if wiring is None else Slot(wiring, slot.handed_on) for wiring, slot in zip(later, firsts, strict=True)
         ]
         every = dict.fromkeys([*slots, *(slot for slot in repeats if slot is not None)])
-        tables = {slot: self._table(slot, batching, allowed) for slot in every}
-        variants = tie_variants([tables[slot] for slot in slots], costs.wiring.tied)
+        while True:
+            tables = {slot: self._table(slot, batching, allowed) for slot in every}
+            variants = tie_variants([tables[slot] for slot in slots], costs.wiring.tied)
+            if variants or allowed is not None or not self.tables.let_tied_repeat(batching):
+                break
+            for stale in (self._undominated, self._edges, self._made):
+                stale.clear()
         cuts = tuple(Cut(cut.bytes, cut.forward_s, cut.backward_s) for cut in cut_costs(costs, pipelining, batching))
         held = tuple(Held(value.producer, value.last, value.bytes) for value in held_values(costs, batching))
         moves = {pair: self.tables.moves(*pair, batching) for pair in itertools.pairwise(slots)}
@@ -85,15 +91,20 @@ class PipelineBuilder:
         return self._undominated[key]
 
     def _options(self, slot: Slot, table: Table, variant: dict[str, tuple], batching: Batching) -> StageOptions:
-        kept = table.take(np.flatnonzero(admitted(table, variant)))
-        return StageOptions(
-            kept.strategies,
-            *(getattr(kept, name) for name in COLUMNS),
-            boundary=kept.boundary,
-            num_classes=len(kept.examples),
-            enter_s=self._edge(slot, kept, batching, leaving=False),
-            leave_s=self._edge(slot, kept, batching, leaving=True),
-        )
+        index = np.flatnonzero(admitted(table, variant))
+        key = (slot, batching, id(table), index.tobytes())
+        if key not in self._made:
+            kept = table.take(index)
+            made = StageOptions(
+                kept.strategies,
+                *(getattr(kept, name) for name in COLUMNS),
+                boundary=kept.boundary,
+                num_classes=len(kept.examples),
+                enter_s=self._edge(slot, kept, batching, leaving=False),
+                leave_s=self._edge(slot, kept, batching, leaving=True),
+            )
+            self._made[key] = table, made
+        return self._made[key][1]
 
     def _edge(self, slot: Slot, table: Table, batching: Batching, *, leaving: bool) -> np.ndarray:
         """Seconds between a layer's classes and the plan-wide layout at a cut. float64[classes, 2]."""

@@ -114,6 +114,8 @@ class TableBuilder:
     _kinds: dict[tuple[int, int], PhaseCosts] = field(default_factory=dict, repr=False)
     _strategies: dict[tuple, tuple[LayerStrategy, ...]] = field(default_factory=dict, repr=False)
     _moves: dict[tuple, np.ndarray] = field(default_factory=dict, repr=False)
+    _repeating: set[tuple[int, int]] = field(default_factory=set, repr=False)
+    """Kinds and micro-batches that may repeat their work."""
 
     def offers(self, allowed: Allowed) -> bool:
         """Whether any layer can use any of some strategies."""
@@ -179,13 +181,32 @@ class TableBuilder:
         """Strategies of a layer kind."""
         key = (kind, batching.microbatch)
         if key not in self._strategies:
-            self._strategies[key] = self.space.strategies(
-                self.costs.model.kinds[kind],
-                mesh=self.costs.table.mesh,
-                microbatch=batching.microbatch,
-                pruned=self.pruned,
-            )
+            layer, about = self.costs.model.kinds[kind], {"mesh": self.costs.table.mesh, "microbatch": key[1]}
+            found = self.space.strategies(layer, pruned=self.pruned, **about)
+            more = self.space.repeating(layer, **about) if key in self._repeating else ()
+            self._strategies[key] = tuple(dict.fromkeys((*found, *more)))
         return self._strategies[key]
+
+    def let_tied_repeat(self, batching: Batching) -> bool:
+        """Lets layers that share parameters repeat their work, where otherwise no layouts of those agree.
+
+        Sharing out one of them may be best by another dim of the parameter than sharing out the other.
+
+        Returns:
+            Whether that is new for this micro-batch: then tables must be asked for again.
+        """
+        tied = {layer.kind for layer in self.costs.wiring.layers if layer.tied}
+        new = {(kind, batching.microbatch) for kind in tied} - self._repeating
+        self._repeating |= new
+        for found in (self._strategies, self._kinds):
+            for key in new:
+                found.pop(key, None)
+        stale = {kind for kind, _ in new}
+        for key in [key for key in self._priced if key[0].wiring.kind in stale]:
+            del self._priced[key]
+        for key in [key for key in self._moves if stale & {key[0].wiring.kind, key[1].wiring.kind}]:
+            del self._moves[key]
+        return bool(new)
 
     def moves(self, before: Slot, here: Slot, batching: Batching) -> np.ndarray:
         """Seconds per micro-batch, forward and backward, between neighbours' classes.

@@ -250,3 +250,29 @@ def test_more_microbatches_are_not_tried_once_the_fastest_plan_fits() -> None:
     ample, tight = (find(toy_model(4), cluster(1, 4), memory=memory).statistics for memory in (AMPLE, 200_000))
     assert dict(ample.pruned)["microbatches-on-demand"] == 3
     assert "microbatches-on-demand" not in dict(tight.pruned) or ample.problems < tight.problems
+
+
+@dataclasses.dataclass(frozen=True)
+class TornPlanner(FakePlanner):
+    """Shares the head's parameter out over its other dim, so that a tied one is never laid out alike by both."""
+
+    def plan_layer(self, kind, strategy, *, mesh, microbatch, model_microbatch):
+        plan = super().plan_layer(kind, strategy, mesh=mesh, microbatch=microbatch, model_microbatch=model_microbatch)
+        if kind.name != "head" or not strategy.tp:
+            return plan
+        turned = [
+            dataclasses.replace(parameter, storage=parameter.storage[::-1], optimizer=parameter.optimizer[::-1])
+            for parameter in plan.parameters
+        ]
+        return dataclasses.replace(plan, parameters=tuple(turned))
+
+
+@pytest.mark.parametrize("degrees", [None, (2,)])
+def test_layers_whose_tied_parameter_tensor_parallelism_would_tear_repeat_their_work(degrees) -> None:
+    model, where, planner = toy_model(3, tied=True), cluster(1, 4), TornPlanner()
+    space = SearchSpace(tensor_degrees=(4,), pipeline_degrees=degrees or (1,))
+    plan = find(model, where, planner=planner, space=space).plan
+    assert [bool(strategy.tp) for strategy in plan.strategies] == [False, *(degrees is None,) * 3, False]
+    assert plan.prediction == price_plan(
+        model, plan, cluster=where, optimizer=ADAM, memory_bytes=AMPLE, planner=planner
+    )

@@ -24,8 +24,6 @@ QUICK = (0, 8, 9, 28)
 """Seeds of middle pipelines whose program takes HiGHS some seconds: all schedules, two to four stages."""
 MIDDLE = sorted({*range(30)} - {16, 25})
 """Seeds of middle pipelines whose program HiGHS solves within a minute."""
-SLOWER = {7: 4.1e-3, 12: 4.5e-3, 17: 1.5e-4, 18: 6.3e-3, 20: 1.4e-3, 21: 3.4e-3, 22: 6.6e-4}
-"""Seeds at which the solver, which gives up exactness there and says so, loses more than the gap; and how much."""
 SEEDS = st.integers(0, 2**32 - 1)
 FEW = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
@@ -78,16 +76,18 @@ def test_without_time_nothing_is_found_and_nothing_claimed() -> None:
 
 
 def check_pipeline(seed: int) -> None:
-    """The solver's plan is as fast as the program's optimum, but for the losses known, and not faster than possible."""
+    """The solver's plan is proven, as fast as the program's optimum, and not faster than possible."""
     problem, budget = middle_pipeline(seed)
     assert len(problem.layers) >= 24
     assert all(len(layer) >= 20 for layer in problem.layers)
-    found = solve_pipeline(problem, budget_bytes=budget).solution
+    outcome = solve_pipeline(problem, budget_bytes=budget)
     best = bracket(problem, budget_bytes=budget, time_limit_s=TIME_LIMIT_S, gap=GAP)
+    found = outcome.solution
+    assert outcome.proven
     assert found is not None
     assert best.solution is not None
     assert best.bound_s >= best.solution.seconds * (1 - 2 * GAP), "HiGHS ran out of time"
-    assert found.seconds <= best.solution.seconds * (1 + GAP + 1.1 * SLOWER.get(seed, 0.0))
+    assert found.seconds <= best.solution.seconds * (1 + GAP)
     assert found.seconds >= best.bound_s * (1 - 1e-6)
 
 
