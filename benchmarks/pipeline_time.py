@@ -21,7 +21,8 @@ STARTS = [0, 4]
 """First layers of the stages: the embedding and three blocks; three blocks and the head."""
 SCHEDULES, COUNTS = ("1f1b", "gpipe"), (4, 16)
 LIMIT = 0.10
-STEPS, FULL_STEPS = 7, 25
+STEPS, FULL_STEPS = 15, 40
+"""Of each program; the seven in a row that differ least count."""
 
 
 def measure(full: bool, *, link: str, only: Sequence[str] | None) -> Outcome:

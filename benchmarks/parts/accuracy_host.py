@@ -54,7 +54,7 @@ def profile(*, model: str, folder: str, links: Sequence[str]) -> None:
     """Profiles per link; layers, on which the link has no bearing, once."""
     traced, place = trace_model(model, GLOBAL_BATCH), Path(folder) / model
     place.mkdir(parents=True, exist_ok=True)
-    layers = None
+    memory, layers = optimizer_memory(OPTIMIZER, traced.spec), None
     for link in links:
         set_link(link)
         cache = str(place / f"cache {file_name(link)}")
@@ -69,7 +69,6 @@ def profile(*, model: str, folder: str, links: Sequence[str]) -> None:
         if jax.process_index() == 0:
             cluster.save(place / f"cluster {file_name(link)}.json")
             found.save(place / f"profile {file_name(link)}.json")
-            memory = optimizer_memory(OPTIMIZER, traced.spec)
             result = search(
                 traced.spec, cluster, profile=found, global_batch=GLOBAL_BATCH, optimizer=memory, space=SPACE
             )
@@ -122,7 +121,8 @@ def time_plan(step: StepProgram, model: str, links: Sequence[str], steps: int) -
             state, metrics = step.jitted(state, batch)
             jax.block_until_ready((state, metrics))
             times.append(time.perf_counter() - begin)
-        found[link] = multihost_utils.process_allgather(np.float32(times[1:])).reshape(-1, steps).max(axis=0).tolist()
+        own = np.asarray(times[1:], np.float32)
+        found[link] = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, steps).max(axis=0).tolist()
     return found
 
 
@@ -132,7 +132,7 @@ def ordinary_state(step: StepProgram) -> Any:
     def leaf(shape: jax.ShapeDtypeStruct) -> jax.Array:
         rng = np.random.default_rng(0)
 
-        def local(index: tuple[slice, ...]) -> np.ndarray:
+        def local(index: Any) -> np.ndarray:
             own = [len(range(*part.indices(size))) for part, size in zip(index, shape.shape, strict=True)]
             if np.issubdtype(shape.dtype, np.integer):
                 return np.zeros(own, shape.dtype)

@@ -32,6 +32,8 @@ from galvatron_jax.spec.strategy import LayerStrategy
 from galvatron_jax.trace.model import Traced, trace
 
 OPTIMIZER = optax.sgd(1e-3, momentum=0.9)
+CALM = 7
+"""Samples in a row."""
 
 
 class IdleStep(PipelineStep):
@@ -100,7 +102,7 @@ def time_step(step: PipelineStep, state: State, batch: Any, steps: int) -> tuple
         state, metrics = step.jitted(state, batch)
         jax.block_until_ready((state, metrics))
         found.append(watch.read())
-    return state, median(found[2:])
+    return state, calmest(found[2:])
 
 
 def time_turn(step: PipelineStep, stage: int, way: str, batch: Any, steps: int) -> Clocked:
@@ -121,7 +123,7 @@ def time_turn(step: PipelineStep, stage: int, way: str, batch: Any, steps: int) 
             read.append(watch.read())
         none, all_of_them = read
         found.append(Clocked((all_of_them.wall_s - none.wall_s) / count, (all_of_them.cpu_s - none.cpu_s) / count))
-    return median(found[1:])
+    return calmest(found[1:])
 
 
 class Clocked(NamedTuple):
@@ -129,6 +131,8 @@ class Clocked(NamedTuple):
 
     wall_s: float
     cpu_s: float
+    spread_s: float = 0.0
+    """Interquartile range by the first."""
 
 
 class Watch:
@@ -139,8 +143,16 @@ class Watch:
         return Clocked(time.perf_counter() - self.begin[0], time.process_time() - self.begin[1])
 
 
+def calmest(found: list[Clocked]) -> Clocked:
+    """Medians of the seven samples in a row that differ least: while other processes rest, if they ever do."""
+    windows = [found[start : start + CALM] for start in range(max(1, len(found) - CALM + 1))]
+    return min((median(window) for window in windows), key=lambda each: each.spread_s)
+
+
 def median(found: list[Clocked]) -> Clocked:
-    return Clocked(*(statistics.median(column) for column in zip(*found, strict=True)))
+    walls = [each.wall_s for each in found]
+    low, _, high = statistics.quantiles(walls, n=4)
+    return Clocked(statistics.median(walls), statistics.median(each.cpu_s for each in found), high - low)
 
 
 def turns(step: PipelineStep, stage: int, way: str) -> Callable[[Any, Any], Any] | None:
@@ -154,18 +166,28 @@ def turns(step: PipelineStep, stage: int, way: str) -> Callable[[Any, Any], Any]
         if not engine.works(engine.stages[stage], way):
             return None
         carry, _ = engine.begin({}, leaves)
+        # Each micro-batch has the slot that it has in the step, so that what is kept takes as long to write and read.
+        slots = jnp.asarray(slots_of(step.table, stage, way))
 
         def body(number: Any, carry: Any) -> Any:
             # What comes in differs from turn to turn, so that no work can be done once for all.
             scale = jnp.where(number < 0, 0.0, 1.0)
             moved = {name: jax.tree.map(lambda x: x * scale, carry[name]) for name in ("received", "cotangents")}
-            return engine.turn(stage, way, {**carry, **moved}, leaves, number, jnp.zeros((), jnp.int32))
+            return engine.turn(stage, way, {**carry, **moved}, leaves, number, slots[number])
 
         return lax.fori_loop(0, count, body, carry)
 
     whole = PartitionSpec()
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(whole, whole), out_specs=whole, check_vma=False)
     return None if jax.eval_shape(mapped, leaves_of(step), 1) is None else mapped
+
+
+def slots_of(table: ScheduleTable, stage: int, way: str) -> np.ndarray:
+    """Slot of each micro-batch in a stage's turns. int32[micro-batches]."""
+    here = getattr(table, f"{way}_stage") == stage
+    found = np.zeros(table.num_microbatches, np.int32)
+    found[getattr(table, f"{way}_microbatch")[here]] = getattr(table, f"{way}_slot")[here]
+    return found
 
 
 def leaves_of(step: PipelineStep) -> dict[str, jax.ShapeDtypeStruct]:

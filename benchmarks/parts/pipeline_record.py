@@ -15,8 +15,10 @@ def compared(schedule: str, count: int, hosts: Sequence[Mapping[str, Any]]) -> d
     Args:
         schedule: its schedule.
         count: its micro-batches.
-        hosts: per stage, wall and CPU seconds of a step, of one with an idle table, of a forward and of a backward.
+        hosts: per stage, wall and CPU seconds, and the interquartile range of the first, of a step, of one with an idle
+            table, of a forward and of a backward.
     """
+    names = ("step_s", "idle_s", "forward_s", "backward_s")
     kinds = tick_kinds(Schedule(schedule), num_stages=len(hosts), num_microbatches=count)
     record: dict[str, Any] = {"schedule": schedule, "microbatches": count}
     # A step ends when the slowest host's does.
@@ -31,6 +33,7 @@ def compared(schedule: str, count: int, hosts: Sequence[Mapping[str, Any]]) -> d
         "ticks": int(kinds.count.sum()),
         "forward_s": stages["forward"],
         "backward_s": stages["backward"],
-        "cpu_s": {name: [host[name][1] for host in hosts] for name in ("step_s", "idle_s", "forward_s", "backward_s")},
+        "spread_s": {name: [host[name][2] for host in hosts] for name in names},
+        "cpu_s": {name: [host[name][1] for host in hosts] for name in names},
     }
     return record

@@ -7,9 +7,19 @@ import pytest
 from benchmarks.parts.pipeline_record import compared
 
 HOSTS = [
-    {"step_s": [2.00, 1.0], "idle_s": [0.10, 0.05], "forward_s": [0.1, 0.1], "backward_s": [0.3, 0.3]},
-    {"step_s": [2.02, 1.0], "idle_s": [0.12, 0.05], "forward_s": [0.0, 0.0], "backward_s": [0.35, 0.35]},
-]
+    {
+        "step_s": [2.00, 1.0, 0.0],
+        "idle_s": [0.10, 0.05, 0.0],
+        "forward_s": [0.1, 0.1, 0.0],
+        "backward_s": [0.3, 0.3, 0.0],
+    },
+    {
+        "step_s": [2.02, 1.0, 0.0],
+        "idle_s": [0.12, 0.05, 0.0],
+        "forward_s": [0.0, 0.0, 0.0],
+        "backward_s": [0.35, 0.35, 0.0],
+    },
+]  # fmt: skip
 
 
 def test_1f1b_is_priced_tick_by_tick() -> None:
@@ -23,6 +33,6 @@ def test_1f1b_is_priced_tick_by_tick() -> None:
 
 
 def test_gpipe_waits_for_all_forwards() -> None:
-    hosts = [{**host, "forward_s": [0.1, 0.1], "backward_s": [0.2, 0.2]} for host in HOSTS]
+    hosts = [{**host, "forward_s": [0.1, 0.1, 0.0], "backward_s": [0.2, 0.2, 0.0]} for host in HOSTS]
     record = compared("gpipe", 4, hosts)
     assert record["predicted_s"] == pytest.approx(5 * 0.1 + 5 * 0.2 + 0.12)
