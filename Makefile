@@ -14,9 +14,9 @@ PYTEST_ARGS ?=
 
 BENCHMARKS := planning_speed large_model compile_time step_overhead
 SEARCH_BENCHMARKS := search_speed paper_grid
-COMPILER_BENCHMARKS := pipeline_memory
+COMPILER_BENCHMARKS := pipeline_memory executors large_pipeline
 
-.PHONY: help quickstart test test-all test-gpu check lint types imports format docs bench bench-search bench-galvatron bench-gpu-compiler clean
+.PHONY: help quickstart test test-all test-verify test-gpu check lint types imports format docs bench bench-search bench-galvatron bench-gpu-compiler clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -29,6 +29,9 @@ test: $(VENV)/.installed-test ## the suite without its slow matrices
 
 test-all: $(VENV)/.installed-test ## the whole suite on virtual devices
 	$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
+
+test-verify: $(VENV)/.installed-verify $(VENV)/.installed-test ## what compiles by XLA's GPU compiler, without a GPU
+	$(PYTEST) -m "not slow and not gpu" tests/verify tests/cli/test_verify.py $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.installed-test ## what needs a GPU
 	GALVATRON_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
