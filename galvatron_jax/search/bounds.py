@@ -163,12 +163,76 @@ class Bounds:
 
     def with_slowest(self, load_s: float) -> float:
         """Of the whole step, when the largest load of a stage is no less."""
-        if not np.isfinite(load_s):
-            return load_s
+        return self._whole.with_slowest(load_s) if np.isfinite(load_s) else load_s
+
+    @cached_property
+    def _whole(self) -> _Whole:
+        room = sum(float(stage.limit.max()) for stage in self.priced) / self.problem.num_chunks
+        return _Whole(self.problem, _total_seconds(self.problem, self.priced[-1].limit, room))
+
+    def alone_seconds(self, stage: int, start: int, stop: int) -> float:
+        """Of the whole step, by this stage alone: it grows with the stage."""
+        return self.problem.num_microbatches * float(self.load[stage, start, stop])
+
+    def shortest_stop(self, stage: int, start: int, load_s: float) -> int:
+        """Where a stage must end at least, for those behind it to have loads up to `load_s`."""
+        rest = self.right[self.problem.num_stages - stage - 1]
+        fits = np.flatnonzero(rest <= load_s)
+        return max(start + 1, int(fits[0])) if len(fits) else len(self.problem.layers)
+
+    def longest_stage(self, upper_s: float) -> float:
+        """The load of a stage in a step faster than `upper_s`, at most."""
+        if not np.isfinite(upper_s):
+            return np.inf
+        low, high = 0.0, upper_s / self.problem.num_microbatches
+        if self.with_slowest(high) <= upper_s:
+            return high
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.with_slowest(middle) < upper_s else (low, middle)
+        return high
+
+
+def seconds_of_work(problem: Pipeline, budget_bytes: float) -> float:
+    """Of the whole step, at least, by the layers' work alone: in a fraction of the time that `Bounds` take.
+
+    Args:
+        problem: the problem.
+        budget_bytes: per device, without `Pipeline.fixed_bytes`.
+    """
+    limit = np.full(len(problem.layers) + 1, float(budget_bytes))
+    return _Whole(problem, _total_seconds(problem, limit, budget_bytes * problem.degree)).with_slowest(0.0)
+
+
+def _total_seconds(problem: Pipeline, limit: np.ndarray, room: float) -> float:
+    """Forward and backward seconds of all stages together, at least.
+
+    Args:
+        problem: the problem.
+        limit: bytes for layers of the last stage, by its first one. float64[layers + 1]
+        room: bytes of all groups.
+    """
+    # Residuals weigh least in the last stage, which has the fewest micro-batches in flight.
+    priced = _price(problem, LayerTables.of(problem), problem.num_stages - 1, limit, once=0.0)
+    sends = sorted(cut.forward_s + cut.backward_s for cut in problem.cuts[1:])
+    sent = sum(sends[: problem.num_stages - 1])
+    return float(max(0.0, (priced.total[:, -1] - priced.price * room).max()) + sent)
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """A step whose stages do some work together."""
+
+    problem: Pipeline
+    total_s: float
+    """Forward and backward seconds of all stages, at least."""
+
+    def with_slowest(self, load_s: float) -> float:
+        """Of the step, when the largest load of a stage is no less."""
         return self._with_longest(max(load_s, self._turn_s))
 
     def _with_longest(self, busy_s: float) -> float:
-        """Of the whole step, when the largest load of a stage is just this: a convex function of it."""
+        """Of the step, when the largest load of a stage is just this: a convex function of it."""
         steady, spread_over = self._spread
         spread = spread_over.cheapest(self.total_s, busy_s)
         return max(self.problem.num_microbatches * busy_s, steady * busy_s + spread)
@@ -203,46 +267,12 @@ class Bounds:
         return low
 
     @cached_property
-    def total_s(self) -> float:
-        """Forward and backward seconds of all stages together, at least."""
-        # Residuals weigh least in the last stage, which has the fewest micro-batches in flight.
-        problem = self.problem
-        last = problem.num_stages - 1
-        priced = _price(problem, LayerTables.of(problem), last, self.priced[last].limit, once=0.0)
-        room = sum(float(stage.limit.max()) for stage in self.priced) / self.problem.num_chunks
-        sends = sorted(cut.forward_s + cut.backward_s for cut in self.problem.cuts[1:])
-        sent = sum(sends[: self.problem.num_stages - 1])
-        return float(max(0.0, (priced.total[:, -1] - priced.price * room).max()) + sent)
-
-    @cached_property
     def _spread(self) -> tuple[float, _Spread]:
         if self.problem.num_chunks > 1:
             steady, weight = self._chunk_ramp
         else:
             steady, weight = _ramp(self.problem.kinds, self.problem.recomputes)
         return steady, _Spread.of(weight)
-
-    def alone_seconds(self, stage: int, start: int, stop: int) -> float:
-        """Of the whole step, by this stage alone: it grows with the stage."""
-        return self.problem.num_microbatches * float(self.load[stage, start, stop])
-
-    def shortest_stop(self, stage: int, start: int, load_s: float) -> int:
-        """Where a stage must end at least, for those behind it to have loads up to `load_s`."""
-        rest = self.right[self.problem.num_stages - stage - 1]
-        fits = np.flatnonzero(rest <= load_s)
-        return max(start + 1, int(fits[0])) if len(fits) else len(self.problem.layers)
-
-    def longest_stage(self, upper_s: float) -> float:
-        """The load of a stage in a step faster than `upper_s`, at most."""
-        if not np.isfinite(upper_s):
-            return np.inf
-        low, high = 0.0, upper_s / self.problem.num_microbatches
-        if self.with_slowest(high) <= upper_s:
-            return high
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.with_slowest(middle) < upper_s else (low, middle)
-        return high
 
 
 @lru_cache(maxsize=256)

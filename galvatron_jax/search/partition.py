@@ -272,7 +272,7 @@ def solve_pipeline(
         return PipelineOutcome(None, math.inf, labels=0)
     sketched = solver.sketch(upper_s)
     if sketched is not None:
-        sketched = solver.improve(sketched)
+        sketched = solver.improve(sketched, exact=False)
     found, bound = solver.exact(min(upper_s, sketched.seconds) if sketched is not None else upper_s)
     return PipelineOutcome(found or sketched, bound, solver.labels)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.pipeline import Pipelining
+from galvatron_jax.search.bounds import seconds_of_work
 from galvatron_jax.search.minima import Known
 from galvatron_jax.search.partition import TOLERANCE, PipelineSolver
 from galvatron_jax.search.pipeline import Pipeline, PipelineSolution
@@ -216,17 +217,22 @@ class PipelineSearch:
             for axes in every:
                 batching = Batching(self.global_batch, count, axes)
                 for pipeline in builder.build(pipelining, batching):
-                    solver = self._solver(pipeline)
+                    self.effort.problems += 1
+                    solver = self._solver(pipeline) if self._promising(self._work(pipeline)) else None
                     if solver is not None:
                         problem = PipelineProblem(builder, pipelining, batching, pipeline, solver.bound_s)
                         found.append((problem, solver))
-        self.effort.problems += len(found)
         return sorted(found, key=lambda pair: pair[0].bound_s)
+
+    def _work(self, pipeline: Pipeline) -> float:
+        budget = self.memory_bytes - pipeline.fixed_bytes
+        return seconds_of_work(pipeline, budget) if budget >= 0 else math.inf
 
     def _solver(self, pipeline: Pipeline) -> PipelineSolver | None:
         return PipelineSolver.of(pipeline, budget_bytes=self.memory_bytes, deadline=self.deadline, known=self._known)
 
     def _draft(self, problems: list[tuple[PipelineProblem, PipelineSolver]]) -> Iterator[_Drafted]:
+        seen: set[tuple] = set()
         for problem, solver in problems:
             if not self._promising(problem.bound_s):
                 continue
@@ -234,7 +240,12 @@ class PipelineSearch:
             bound = solver.bound(self._upper_s)
             if not self._promising(bound):
                 continue
-            solution = None if self._late() else solver.draft() or solver.sketch(self._upper_s)
+            # Problems that differ in the layouts of tied parameters have much the same plans: one draft is enough.
+            key = (problem.pipelining, problem.batching)
+            solution = None
+            if key not in seen and not self._late():
+                solution = solver.draft() or solver.sketch(self._upper_s)
+                seen |= {key} if solution is not None else set()
             self.effort.labels += solver.labels
             self._offer(problem, solution)
             yield _Drafted(problem, bound, solution)
