@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from galvatron_jax.cost.compute import Work
+from galvatron_jax.cost.memory import passing
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.wiring import LayerWiring
 from galvatron_jax.partition.counts import Amount, Counts
@@ -79,13 +80,15 @@ def phase_costs(costs: CostModel, kind: int, strategies: Sequence[LayerStrategy]
         microbatch=microbatch,
     )
     sent, workspace = phases.sent_and_peaks()
+    residual = np.array([each.residual_bytes_at(microbatch) for each in series], np.int64)
+    residual, workspace = _passing(costs, series, residual, workspace, microbatch)
     ports, ports_of = _distinct((id(each.inputs), id(each.outputs)) for each in series)
     parameters, parameters_of = _distinct(id(each.parameters) for each in series)
     return PhaseCosts(
         series=series,
         compute_s=times.seconds,
         communication_s=sent - costs.overlap * np.minimum(sent, times.seconds),
-        residual_bytes=np.array([each.residual_bytes_at(microbatch) for each in series], np.int64),
+        residual_bytes=residual,
         workspace_bytes=workspace,
         estimated=times.estimated,
         ports=tuple([series[index] for index in ports]),
@@ -93,6 +96,18 @@ def phase_costs(costs: CostModel, kind: int, strategies: Sequence[LayerStrategy]
         parameters=tuple([series[index].parameters for index in parameters]),
         parameters_of=parameters_of,
     )
+
+
+def _passing(
+    costs: CostModel, series: Sequence[LayerSeries], residual: np.ndarray, workspace: np.ndarray, microbatch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `memory.passing` does, for several strategies."""
+    if not any(each.backward.through_peaks for each in series):
+        return residual, workspace
+    through = [each.backward.through_peak_bytes_at(microbatch, each.planned_at) for each in series]
+    rows = zip(residual.tolist(), workspace.tolist(), through, strict=True)
+    found = np.array([passing(*row, staged=costs.staged) for row in rows], np.int64)
+    return found[:, 0], found[:, 1]
 
 
 def layer_costs(costs: CostModel, wiring: LayerWiring, phases: PhaseCosts, batching: Batching) -> LayerCosts:
@@ -112,9 +127,17 @@ def layer_costs(costs: CostModel, wiring: LayerWiring, phases: PhaseCosts, batch
         backward_s=seconds[:, 1],
         once_s=np.array([each.once_s for each in parameters])[phases.parameters_of],
         static_bytes=np.array([each.memory.static_bytes for each in parameters], np.int64)[phases.parameters_of],
-        residual_bytes=phases.residual_bytes,
+        residual_bytes=phases.residual_bytes - _shared(wiring, phases, batching),
         workspace_bytes=phases.workspace_bytes,
     )
+
+
+def _shared(wiring: LayerWiring, phases: PhaseCosts, batching: Batching) -> np.ndarray | int:
+    """Bytes of inputs that wait for other layers too, and so are counted once for all, per strategy."""
+    ports = wiring.held_ports
+    if not ports:
+        return 0
+    return np.array([each.shared_bytes_at(batching.microbatch, ports) for each in phases.series], np.int64)
 
 
 def _distinct(keys: Iterable[Hashable]) -> tuple[list[int], np.ndarray]:

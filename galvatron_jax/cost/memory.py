@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 from galvatron_jax.cost.sizes import itemsize
+from galvatron_jax.cost.wiring import LayerWiring
 from galvatron_jax.partition.layer_plan import LayerPlan, ParameterPlan
 from galvatron_jax.spec.model import LayerKind
 
@@ -45,11 +47,13 @@ class LayerMemory:
     gradient_bytes: int
     residual_bytes: int
     workspace_bytes: int
+    copied_bytes: int = 0
+    """In a pipeline stage: its parameters, and gradients of one micro-batch, outside of the flat arrays."""
 
     @property
     def static_bytes(self) -> int:
-        """What stays from step to step, and gradients."""
-        return self.parameter_bytes + self.optimizer_bytes + self.gradient_bytes
+        """What stays from step to step, gradients, and copies of both while the stage works."""
+        return self.parameter_bytes + self.optimizer_bytes + self.gradient_bytes + self.copied_bytes
 
     @property
     def resident_bytes(self) -> int:
@@ -57,29 +61,68 @@ class LayerMemory:
         return self.static_bytes + self.residual_bytes
 
 
-def layer_memory(
-    kind: LayerKind, plan: LayerPlan, *, owned: tuple[int, ...], optimizer: OptimizerMemory
-) -> LayerMemory:
+def layer_memory(kind: LayerKind, plan: LayerPlan, *, wiring: LayerWiring, optimizer: OptimizerMemory) -> LayerMemory:
     """Memory of one layer under a plan, one micro-batch in flight.
 
     Args:
         kind: the layer's kind.
         plan: its plan.
-        owned: input ports of the parameters to account for; another layer does it for tied ones, whose gradients are
-            added up only once each layer has synchronised its own.
+        wiring: its connections.
         optimizer: state per parameter.
     """
+    residual, workspace = passing_bytes(plan, held=wiring.held_ports, staged=False)
     return replace(
-        parameter_memory(kind, plan.parameters, owned=owned, optimizer=optimizer),
-        residual_bytes=plan.residual_bytes,
-        workspace_bytes=max(plan.forward.peak_bytes, plan.backward.peak_bytes),
+        parameter_memory(kind, plan.parameters, owned=wiring.owned, optimizer=optimizer),
+        residual_bytes=residual,
+        workspace_bytes=workspace,
     )
 
 
+def passing_bytes(plan: LayerPlan, *, held: AbstractSet[int], staged: bool) -> tuple[int, int]:
+    """What a layer keeps from forward to backward, and what it needs beside while it works.
+
+    Args:
+        plan: the layer's.
+        held: input ports at which it reads what waits for other layers too, and so is counted once for all.
+        staged: whether it is in a pipeline stage, where something may come between its forward and its backward even
+            if it is the last layer.
+    """
+    return passing(
+        plan.residual_bytes - sum(size for port, size in plan.kept_inputs if port in held),
+        max(plan.forward.peak_bytes, plan.backward.peak_bytes),
+        plan.backward.through_peak_bytes,
+        staged=staged,
+    )
+
+
+def passing(residual: int, workspace: int, through: int, *, staged: bool) -> tuple[int, int]:
+    """`passing_bytes` from its parts: residuals, the larger peak, and that of both passes of a layer with the loss."""
+    if not through:
+        return residual, workspace
+    if staged:
+        return residual, max(through - residual, 0)
+    # Its backward follows at once: what it keeps is part of what it works with.
+    return 0, through
+
+
 def parameter_memory(
-    kind: LayerKind, parameters: Sequence[ParameterPlan], *, owned: tuple[int, ...], optimizer: OptimizerMemory
+    kind: LayerKind,
+    parameters: Sequence[ParameterPlan],
+    *,
+    owned: tuple[int, ...],
+    optimizer: OptimizerMemory,
+    staged: bool = False,
 ) -> LayerMemory:
-    """What a layer's parameters take; arguments as `layer_memory`."""
+    """What a layer's parameters take.
+
+    Args:
+        kind: the layer's kind.
+        parameters: as planned.
+        owned: input ports of the parameters to account for; another layer does it for tied ones, whose gradients are
+            added up only once each layer has synchronised its own.
+        optimizer: state per parameter.
+        staged: whether it is in a pipeline stage.
+    """
     mine = [parameter for parameter in parameters if parameter.port in owned]
     dtypes = {parameter.port: parameter_dtype(kind, parameter.port) for parameter in mine}
     return LayerMemory(
@@ -88,6 +131,7 @@ def parameter_memory(
         gradient_bytes=sum(parameter.accumulator_bytes for parameter in parameters),
         residual_bytes=0,
         workspace_bytes=0,
+        copied_bytes=sum(p.storage_bytes for p in mine) + sum(p.accumulator_bytes for p in parameters) if staged else 0,
     )
 
 

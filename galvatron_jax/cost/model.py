@@ -8,7 +8,13 @@ from typing import Protocol
 
 from galvatron_jax.cost.compute import Compute, compute_for, local_shape
 from galvatron_jax.cost.links import Links, links_for
-from galvatron_jax.cost.memory import LayerMemory, OptimizerMemory, parameter_memory, update_traffic_bytes
+from galvatron_jax.cost.memory import (
+    LayerMemory,
+    OptimizerMemory,
+    parameter_memory,
+    passing_bytes,
+    update_traffic_bytes,
+)
 from galvatron_jax.cost.planner import Planner, PlanTable
 from galvatron_jax.cost.sizes import batch_spec, local_bytes, value_dims, whole_bytes
 from galvatron_jax.cost.wiring import LayerWiring, Wiring, wire
@@ -130,6 +136,8 @@ class CostModel:
     overlap: float
     update_bytes_per_s: float
     provenance: str
+    staged: bool = False
+    """Whether layers are put into pipeline stages."""
     _seconds: dict[tuple, float] = field(default_factory=dict, repr=False, compare=False)
     """Of collectives priced so far."""
     _parameters: dict[tuple, tuple[tuple[ParameterPlan, ...], ParameterCost]] = field(
@@ -174,6 +182,7 @@ class CostModel:
             overlap=profile.overlap if profile is not None else 0.0,
             update_bytes_per_s=bandwidth or cluster.device.memory_bandwidth_bytes_per_s,
             provenance=str(profile.provenance) if profile is not None else "derived",
+            staged=bool(pipeline_axes),
         )
 
     def plan(self, layer: int, strategy: LayerStrategy, batching: Batching) -> LayerPlan:
@@ -188,16 +197,13 @@ class CostModel:
         compute = self.compute.layer(kind, plan, strategy=strategy, shape=shape)
         there, back = self.held_seconds(wiring, plan, batching)
         state = self.parameter_cost(wiring, plan.parameters)
+        residual, workspace = passing_bytes(plan, held=wiring.held_ports, staged=self.staged)
         return LayerCost(
             forward=PhaseCost(compute.forward_s, self._exposed(plan.forward.collectives, compute.forward_s) + there),
             backward=PhaseCost(compute.backward_s, self._exposed(plan.backward.collectives, compute.backward_s) + back),
             synchronisation_s=state.synchronisation_s,
             update_s=state.update_s,
-            memory=replace(
-                state.memory,
-                residual_bytes=plan.residual_bytes,
-                workspace_bytes=max(plan.forward.peak_bytes, plan.backward.peak_bytes),
-            ),
+            memory=replace(state.memory, residual_bytes=residual, workspace_bytes=workspace),
             estimated=compute.estimated,
         )
 
@@ -212,7 +218,7 @@ class CostModel:
                 self.seconds(fused(c for parameter in parameters for c in parameter.sync))
                 + self.seconds(fused(publish)),
                 traffic / self.update_bytes_per_s,
-                parameter_memory(kind, parameters, owned=owned, optimizer=self.optimizer),
+                parameter_memory(kind, parameters, owned=owned, optimizer=self.optimizer, staged=self.staged),
             )
             # The parameters are kept, so that no others come to have their identity.
             self._parameters[key] = parameters, found

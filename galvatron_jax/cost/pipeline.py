@@ -54,6 +54,19 @@ class Pipelining:
         )
 
 
+def residuals_kept(in_flight: int, *, recomputes: bool) -> int:
+    """Micro-batches whose residuals a stage holds at once.
+
+    Where they wait in a pool of slots, the one whose forward or backward runs is there once more, outside of the pool:
+    its arrays are made before they are put into their slot, and taken out of it before they are read.
+
+    Args:
+        in_flight: slots of the pool.
+        recomputes: whether residuals are made anew in backward, so that there are no slots for them.
+    """
+    return 1 if recomputes else in_flight + 1
+
+
 @dataclass(frozen=True)
 class CutCost:
     """What lies between two stages, per micro-batch and device."""
@@ -230,7 +243,8 @@ class _Priced:
         residual = sum(layer.memory.residual_bytes for layer in layers)
         made = sum(held.bytes for held in held_values(costs, self.batching) if start <= held.producer < stop)
         again = residual if pipelining.recomputes else 0
-        kept += made if pipelining.recomputes else flying * (residual + made)
+        held = residuals_kept(flying, recomputes=pipelining.recomputes)
+        kept += made if pipelining.recomputes else held * (residual + made)
         return _Stage(
             forward,
             backward,
@@ -309,6 +323,7 @@ def _group_memory(costs: CostModel, stages: Sequence[_Stage], batching: Batching
         "parameter_bytes": sum(layer.parameter_bytes for layer in layers),
         "optimizer_bytes": sum(layer.optimizer_bytes for layer in layers) + costs.optimizer.scalar_bytes,
         "gradient_bytes": sum(layer.gradient_bytes for layer in layers),
+        "copied_bytes": sum(layer.copied_bytes for layer in layers),
         "residual_bytes": sum(stage.kept_bytes for stage in stages) + passing.recomputed_bytes,
         "workspace_bytes": max(memory.workspace_bytes for memory in passing.memory),
         "batch_bytes": costs.batch_bytes(batching),

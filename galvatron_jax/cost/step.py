@@ -148,7 +148,7 @@ def plan_memory(costs: CostModel, strategies: Sequence[LayerStrategy], batching:
         layer_memory(
             costs.model.kinds[wiring.kind],
             costs.table.plan(wiring.kind, strategy, microbatch=batching.microbatch),
-            owned=wiring.owned,
+            wiring=wiring,
             optimizer=costs.optimizer,
         )
         for wiring, strategy in zip(costs.wiring.layers, strategies, strict=True)

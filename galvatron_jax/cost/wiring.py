@@ -55,6 +55,11 @@ class LayerWiring:
     tied: tuple[tuple[str, int], ...]
     """Parameters used by several layers, with this layer's input port: all must agree on their storage."""
 
+    @property
+    def held_ports(self) -> frozenset[int]:
+        """Input ports that read what waits in the plan-wide layout."""
+        return frozenset([held.port for held in self.reads])
+
 
 @dataclass(frozen=True)
 class Wiring:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from galvatron_jax.partition.instructions import Version
 from galvatron_jax.partition.layer_plan import Collective, PhasePlan
 from galvatron_jax.partition.layout import Axis, Role, Step, StepKind
+from galvatron_jax.partition.liveness import Where, peaks
 from galvatron_jax.spec.profile import CollectiveKind
 
 Amount = tuple[float, float]
@@ -35,6 +36,7 @@ class Tally(NamedTuple):
     inner_peaks: tuple[Amount, ...] = ()
     """Bytes that live at most in a loop's body; see `Counts.peaks`."""
     sent: tuple[Sent, ...] = ()
+    place: Where = Where.WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,8 @@ class Counts:
     operations: int
     read: AbstractSet[Version] = frozenset()
     """Versions read."""
+    through_peaks: tuple[Amount, ...] = ()
+    """For the backward of a layer that ends in the loss, of its forward and backward together, one after the other."""
 
     def at(self, microbatch: int, planned_at: int, instructions: tuple = ()) -> PhasePlan:
         """The phase at another micro-batch than the one planned, everything decided alike."""
@@ -64,11 +68,20 @@ class Counts:
             bytes=amount_at(self.moved, microbatch, planned_at),
             peak_bytes=self.peak_bytes_at(microbatch, planned_at),
             operations=self.operations,
+            through_peak_bytes=self.through_peak_bytes_at(microbatch, planned_at),
         )
 
     def peak_bytes_at(self, microbatch: int, planned_at: int) -> int:
         """The peak of live temporaries at another micro-batch than the one planned."""
-        return int(max([amount_at(peak, microbatch, planned_at) for peak in self.peaks]))
+        return _largest_at(self.peaks, microbatch, planned_at)
+
+    def through_peak_bytes_at(self, microbatch: int, planned_at: int) -> int:
+        """The same of forward and backward in a row; 0 where they are not."""
+        return _largest_at(self.through_peaks, microbatch, planned_at)
+
+
+def _largest_at(peaks: Iterable[Amount], microbatch: int, planned_at: int) -> int:
+    return int(max([amount_at(peak, microbatch, planned_at) for peak in peaks], default=0))
 
 
 def amount_at(amount: Amount, microbatch: int, planned_at: int) -> float:
@@ -111,36 +124,31 @@ class Traffic(NamedTuple):
     read: AbstractSet[Version]
 
 
-def traffic(tallies: Sequence[Tally]) -> Traffic:
+def traffic(tallies: Sequence[Tally], handed_on: AbstractSet[Version] = frozenset()) -> Traffic:
     """Bytes that unfused operations read and write, the peaks of live results, and the versions read.
 
-    Elementwise operations fuse into their neighbours; what they make counts only when several operations read it.
+    Elementwise operations fuse into their neighbours; what they make moves only when several operations read it.
+
+    Args:
+        tallies: of a pass.
+        handed_on: versions that stay until its end.
     """
     uses = Counter(chain.from_iterable([tally.read for tally in tallies]))
     left = uses.copy()
-    moved, live, peaks = [0.0, 0.0], [0.0, 0.0], [(0.0, 0.0)]
-    alive: dict[Version, tuple[float, bool]] = {}
-    for read, made, fused, moves, inner_peaks, _ in tallies:
-        for stays, grows in inner_peaks:
-            peaks.append((live[0] + stays, live[1] + grows))
+    moved = [0.0, 0.0]
+    for read, made, fused, moves, *_ in tallies:
         for version, size, grows in made:
             if not fused or left[version] > 1:
-                alive[version] = size, grows
-                live[grows] += size
                 moved[grows] += size
-                peaks.append((live[0], live[1]))
         if moves is not NONE:
             moved[0] += moves[0]
             moved[1] += moves[1]
         for version in read:
             left[version] -= 1
-            if version in alive and not left[version]:
-                size, grows = alive.pop(version)
-                live[grows] -= size
-    return Traffic((moved[0], moved[1]), _largest(peaks), uses.keys())
+    return Traffic((moved[0], moved[1]), largest([(0.0, 0.0), *peaks(tallies, handed_on)]), uses.keys())
 
 
-def _largest(amounts: Iterable[Amount]) -> tuple[Amount, ...]:
+def largest(amounts: Iterable[Amount]) -> tuple[Amount, ...]:
     """Those that are larger than each other one at some micro-batch, at least."""
     kept: list[Amount] = []
     for amount in sorted(set(amounts), reverse=True):

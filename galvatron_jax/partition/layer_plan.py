@@ -41,6 +41,8 @@ class PhasePlan:
     """Largest sum of live temporaries, inputs and residuals excluded."""
     operations: int
     """Operations applied."""
+    through_peak_bytes: int = 0
+    """For the backward of a layer that ends in the loss: the peak of its forward and backward, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class LayerPlan:
     outputs: tuple[BoundarySpec | None, ...]
     """Per output port: how the value leaves."""
     notes: tuple[str, ...] = ()
+    kept_inputs: tuple[tuple[int, int], ...] = ()
+    """The activation inputs among the residuals: input port and bytes. Layers that read one value keep it together."""
 
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from galvatron_jax.partition.agreement import Agreement
-from galvatron_jax.partition.counts import Counts
+from galvatron_jax.partition.counts import Amount, Counts, Tally, largest
 from galvatron_jax.partition.instructions import Instruction, Residual, Version
 from galvatron_jax.partition.layer_plan import BoundarySpec, LayerPlan, ParameterPlan
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Step
+from galvatron_jax.partition.liveness import peaks
 from galvatron_jax.partition.parameters import Storage, StoredParameter
 from galvatron_jax.partition.planner import Pass
 from galvatron_jax.partition.ports import Ports
@@ -158,6 +159,8 @@ class _Passes:
     """Values that cross, with the number of their version in forward and in backward."""
     residual_bytes: tuple[int, int]
     """What stays, and what grows with the micro-batch."""
+    kept_inputs: tuple[tuple[int, int, int], ...]
+    """Of it, per input port, what stays and what grows."""
     output_versions: tuple[Version, ...]
     gradient_versions: tuple[Version, ...]
     backward_reads: frozenset[int]
@@ -251,6 +254,7 @@ class _Context:
             inputs=self.ports.input_specs(sharded=zero == 3),
             outputs=self.output_specs,
             notes=self.kind.notes,
+            kept_inputs=tuple((port, stays + grows) for port, stays, grows in passes.kept_inputs),
         )
         return LocalPlan(
             static=self.static, plan=plan, axes=self.axes, sizes=self.sizes,
@@ -273,6 +277,7 @@ class _Context:
             forward=passes.counts[0],
             backward=passes.counts[1],
             residual_bytes=passes.residual_bytes,
+            kept_inputs=passes.kept_inputs,
             parameters=self.parameters(zero, passes.gradient_layouts),
             inputs=self.ports.input_specs(sharded=zero == 3),
             outputs=self.output_specs,
@@ -371,8 +376,15 @@ class _Context:
             backward.convert(gradient, self._gradient_layout(backward, inputs[i], port, gradient, scatter=scatter))
             for i, port, gradient in self.gradients
         )
-        counts = backward.counts(through.operations)
         handed = frozenset(gradients)
+        onward = frozenset(
+            version
+            for version, (_, port, _) in zip(gradients, self.gradients, strict=True)
+            if port.role is not PortRole.PARAMETER
+        )
+        counts = backward.counts(through.operations, onward)
+        if any(port.role is PortRole.LOSS for port in self.kind.outputs):
+            counts = replace(counts, through_peaks=self._through_peaks(forward, backward, onward))
         kept = tuple(
             [
                 (value, number, position)
@@ -392,19 +404,30 @@ class _Context:
         residual_bytes = [0, 0]
         for value, number, _ in kept:
             residual_bytes[forward.grows(value)] += int(forward.local_bytes(value, number))
-        for port in [self.kind.inputs[i] for i in reads]:
+        inputs_kept = []
+        for index in sorted(reads):
+            port = self.kind.inputs[index]
             if port.role is PortRole.ACTIVATION:
-                residual_bytes[backward.grows(port.value)] += int(backward.local_bytes(port.value))
+                size, grows = int(backward.local_bytes(port.value)), backward.grows(port.value)
+                residual_bytes[grows] += size
+                inputs_kept.append((index, 0 if grows else size, size if grows else 0))
         return _Passes(
             forward=forward,
             backward=backward,
             counts=(through.counts, counts),
             kept=kept,
             residual_bytes=(residual_bytes[0], residual_bytes[1]),
+            kept_inputs=tuple(inputs_kept),
             output_versions=self._output_versions(forward),
             gradient_versions=gradients,
             backward_reads=reads,
         )
+
+    @staticmethod
+    def _through_peaks(forward: Pass, backward: Pass, onward: frozenset[Version]) -> tuple[Amount, ...]:
+        """Peaks of forward and backward in a row: what both make in the same layout is there once."""
+        tallies = [*_by_layout(forward), *_by_layout(backward)]
+        return largest(peaks(tallies, frozenset((v, backward.held[v].layouts[n]) for v, n in onward)))
 
     def _output_versions(self, forward: Pass) -> tuple[Version, ...]:
         """Versions in which forward hands out the layer's outputs: they are there."""
@@ -428,3 +451,18 @@ class _Context:
             return pending
         backward.relabel(gradient, self.storage.mirrored(now))
         return self.storage.scattered(port.value, pending)
+
+
+def _by_layout(run: Pass) -> list[Tally]:
+    """Tallies of a pass with its versions by layout, not by number."""
+
+    def known(version: Version) -> tuple:
+        return version[0], run.held[version[0]].layouts[version[1]]
+
+    return [
+        tally._replace(
+            read=tuple([known(version) for version in tally.read]),
+            made=tuple([(known(version), size, grows) for version, size, grows in tally.made]),
+        )
+        for tally in run.tallies
+    ]

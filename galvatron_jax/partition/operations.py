@@ -196,12 +196,14 @@ class Draft:
             found = combined(self.setting.axes, names, op.combine, shape, self.program.itemsize[value], dtype)
             sent = ((found, self.grows(results[0])),)
         if op.elementwise or op.free:
-            self.tallies.append(Tally(operands, self.made(results), fused=True, moved=NONE, sent=sent))
+            self.tallies.append(Tally(operands, self.made(results), fused=True, moved=NONE, sent=sent, place=op.place))
             return
         moved = [0.0, 0.0]
         for version in operands:
             moved[self.grows(version)] += self.bytes_of(version)
-        self.tallies.append(Tally(operands, self.made(results), fused=False, moved=(moved[0], moved[1]), sent=sent))
+        self.tallies.append(
+            Tally(operands, self.made(results), fused=False, moved=(moved[0], moved[1]), sent=sent, place=op.place)
+        )
 
     def made(self, results: Iterable[Version]) -> tuple[tuple[Version, float, bool], ...]:
         """Versions with their local bytes, and whether these are proportional to the micro-batch."""

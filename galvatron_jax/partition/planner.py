@@ -8,6 +8,7 @@ Megatron's tensor and sequence parallelism, Ulysses, vocabulary-, context- and e
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from itertools import chain
 
 from galvatron_jax.partition.counts import NONE, Amount, Counts, Tally, all_sent, traffic
@@ -62,10 +63,15 @@ class Pass:
             grows += flops[1]
         return stays, grows
 
-    def counts(self, operations: int) -> Counts:
-        """What the pass counts for so far; `operations` of the program's were applied."""
+    def counts(self, operations: int, handed_on: AbstractSet[Version] = frozenset()) -> Counts:
+        """What the pass counts for so far.
+
+        Args:
+            operations: how many of the program's were applied.
+            handed_on: versions that stay until its end.
+        """
         tallies = self.tallies
-        moved, peaks, read = traffic(tallies)
+        moved, peaks, read = traffic(tallies, handed_on)
         return Counts(all_sent(tallies), self.flops, moved, peaks, operations, read)
 
     def grows(self, value: int) -> bool:

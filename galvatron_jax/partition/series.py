@@ -29,6 +29,8 @@ class LayerSeries:
     inputs: tuple[BoundarySpec | None, ...]
     outputs: tuple[BoundarySpec | None, ...]
     notes: tuple[str, ...] = ()
+    kept_inputs: tuple[tuple[int, int, int], ...] = ()
+    """See `LayerPlan.kept_inputs`: port, what stays, and what grows."""
 
     @classmethod
     def of(cls, plan: LayerPlan, microbatch: int) -> LayerSeries:
@@ -43,6 +45,7 @@ class LayerSeries:
             inputs=plan.inputs,
             outputs=plan.outputs,
             notes=plan.notes,
+            kept_inputs=tuple((port, size, 0) for port, size in plan.kept_inputs),
         )
 
     def at(self, microbatch: int) -> LayerPlan:
@@ -56,6 +59,15 @@ class LayerSeries:
             inputs=self.inputs,
             outputs=self.outputs,
             notes=self.notes,
+            kept_inputs=tuple(
+                (port, stays + grows * microbatch // self.planned_at) for port, stays, grows in self.kept_inputs
+            ),
+        )
+
+    def shared_bytes_at(self, microbatch: int, ports: frozenset[int]) -> int:
+        """Bytes at one of the micro-batches of what backward reads at some input ports."""
+        return sum(
+            stays + grows * microbatch // self.planned_at for port, stays, grows in self.kept_inputs if port in ports
         )
 
     def residual_bytes_at(self, microbatch: int) -> int:
@@ -71,4 +83,5 @@ def _counts(phase: PhasePlan) -> Counts:
         moved=(phase.bytes, 0.0),
         peaks=((phase.peak_bytes, 0.0),),
         operations=phase.operations,
+        through_peaks=((phase.through_peak_bytes, 0.0),) if phase.through_peak_bytes else (),
     )

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from galvatron_jax.partition.counts import NONE, Amount, Tally, collectives
 from galvatron_jax.partition.instructions import Convert, Decision, Instruction
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Axis, Frame, Layout, Step, convert
+from galvatron_jax.partition.liveness import Where
 from galvatron_jax.partition.static import StaticFactor, StaticOp, StaticProgram
 
 
@@ -261,6 +262,7 @@ class Setting:
             fused=not sent,
             moved=NONE if not sent else (0.0, moved) if grows else (moved, 0.0),
             sent=tuple([(each, grows) for each in sent]),
+            place=Where.WHOLE if sent else Where.FUSED if steps else Where.SEEN,
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from galvatron_jax.partition.liveness import Where
 from galvatron_jax.partition.recent import Recent
 from galvatron_jax.spec.model import LayerKind, PortRole
 from galvatron_jax.spec.program import FactorKind, FactorRole, Linearity, Operation, Place, Program
@@ -64,8 +65,14 @@ class StaticOp:
     """Factors of which it matters whether they may be sharded."""
     scatter_rows: tuple[StaticFactor, ...] = ()
     """For a scatter-add, the factors of the rows into which it adds."""
+    place: Where = Where.WHOLE
+    """Where its result lies."""
 
 
+_SEEN = frozenset({"reshape", "squeeze", "expand_dims", "transpose", "copy", "stop_gradient"})
+_FUSED = frozenset({"slice", "pad", "rev", "select_n", "concatenate", "split", "convert_element_type"})
+_READING = frozenset({"gather", "dynamic_slice", "argmax", "argmin"})
+"""What reads through fused work, as reductions do."""
 _FREE = frozenset({"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "iota", "copy", "stop_gradient"})
 
 
@@ -139,7 +146,7 @@ def prepare(program: Program) -> StaticProgram:
                 index, op.primitive, tuple(op.operands), tuple(op.results), factors, op.linearity, op.combine,
                 op.elementwise, op.flops_per_point, op.known, op.barrier, op.primitive in _FREE, op.loop,
                 prepare(op.bodies[0]) if op.loop is not None else None,
-                _asks(op, factors, positions, len(roles)), _scatter_rows(op.primitive, factors),
+                _asks(op, factors, positions, len(roles)), _scatter_rows(op.primitive, factors), _place(op),
             )
         )  # fmt: skip
     return StaticProgram(
@@ -161,6 +168,16 @@ def _asks(
     if op.loop is not None:
         return frozenset(range(every))
     return frozenset(f.factor for f in factors).union(*(positions[value] for value in op.results[:1]))
+
+
+def _place(op: Operation) -> Where:
+    if op.primitive in _SEEN:
+        return Where.SEEN
+    if op.elementwise or op.primitive in _FREE or op.primitive in _FUSED:
+        return Where.FUSED
+    if op.primitive.startswith("scatter") or op.primitive == "dynamic_update_slice":
+        return Where.IN_PLACE
+    return Where.REDUCED if op.primitive.startswith("reduce_") or op.primitive in _READING else Where.WHOLE
 
 
 def _scatter_rows(primitive: str, factors: Sequence[StaticFactor]) -> tuple[StaticFactor, ...]:

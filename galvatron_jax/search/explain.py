@@ -20,6 +20,7 @@ _MEMORY_PARTS = {
     "parameter_bytes": "parameters",
     "optimizer_bytes": "optimizer state",
     "gradient_bytes": "gradients",
+    "copied_bytes": "copies in a stage",
     "residual_bytes": "activations",
     "workspace_bytes": "workspace",
     "batch_bytes": "batch",

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from galvatron_jax.cost.pipeline import residuals_kept
 from galvatron_jax.cost.schedules import TickKinds, in_flight, makespan, recomputes, tick_kinds
 from galvatron_jax.spec.plan import Schedule
 from galvatron_jax.spec.strategy import LayerStrategy
@@ -143,8 +144,8 @@ class Pipeline:
         return any(layer in tie.users and any(start <= user < layer for user in tie.users) for tie in self.ties)
 
     def residuals_kept(self, stage: int) -> int:
-        """Micro-batches whose residuals a virtual stage holds at once."""
-        return 1 if self.recomputes else self.in_flight[stage]
+        """Micro-batches whose residuals a virtual stage holds at once; see `cost.pipeline.residuals_kept`."""
+        return residuals_kept(self.in_flight[stage], recomputes=self.recomputes)
 
     def exchange_s(self, start: int, stop: int) -> float:
         """Seconds per step that a stage spends on parameters which other stages hold too."""

@@ -87,6 +87,9 @@ class MemoryBreakdown(Record):
     """What forward keeps for backward, boundary activations included."""
     workspace_bytes: int
     """Temporaries of the largest layer: gathered weights, logits."""
+    copied_bytes: int = 0
+    """In a pipeline: the stage's parameters taken out of the flat arrays in which they are stored, and the gradients of
+    one micro-batch before they are added up."""
     batch_bytes: int = 0
     state_bytes: int = 0
     """Random keys and counters, batch statistics, the number of the step."""

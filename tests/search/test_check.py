@@ -25,7 +25,7 @@ def test_brute_force_confirms_small_problems(space, shared) -> None:
 @pytest.mark.parametrize("space", [SMALL, PIPELINES])
 def test_the_mixed_integer_program_confirms_larger_ones(space, monkeypatch) -> None:
     monkeypatch.setattr(check, "_MOST_CHOICES", 0)
-    asked = question(model=toy_model(4, tied=True), space=space, memory_bytes=200_000)
+    asked = question(model=toy_model(4, tied=True), space=space, memory_bytes=300_000)
     plan = asked.answer(runners_up=False).plan
     checked = check_winner(asked, plan, time_limit_s=30)
     assert checked.oracle == "the mixed-integer program"

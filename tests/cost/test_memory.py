@@ -1,0 +1,70 @@
+"""What layers keep and work with, from its parts."""
+
+import pytest
+
+from galvatron_jax.cost.memory import OptimizerMemory, parameter_memory, passing
+from galvatron_jax.cost.pipeline import residuals_kept
+from galvatron_jax.partition.layers import plan_layer
+from galvatron_jax.partition.series import LayerSeries
+from galvatron_jax.spec.model import PortRole
+from galvatron_jax.spec.strategy import LayerStrategy, Remat
+from tests.runtime.matrix import MICROBATCH, traced
+
+MESH = {"a": 2, "b": 2, "c": 2}
+DATA = LayerStrategy(dp=("a", "b", "c"))
+
+
+def planned(model: str, index: int, strategy: LayerStrategy = DATA):
+    spec = traced(model).spec
+    kind = spec.kinds[spec.layers[index].kind]
+    return kind, plan_layer(kind, strategy, mesh=MESH, microbatch=MICROBATCH, model_microbatch=spec.microbatch)
+
+
+def test_the_layer_with_the_loss_keeps_nothing_where_its_backward_follows_at_once() -> None:
+    assert passing(100, 70, 0, staged=False) == (100, 70)
+    assert passing(100, 70, 130, staged=False) == (0, 130)
+    assert passing(100, 70, 130, staged=True) == (100, 30)
+    assert passing(100, 70, 90, staged=True) == (100, 0)
+
+
+@pytest.mark.standard_promotion
+def test_only_the_layer_with_the_loss_has_a_peak_of_both_passes() -> None:
+    spec = traced("gpt2").spec
+    for index, layer in enumerate(spec.layers):
+        kind, plan = planned("gpt2", index)
+        ends = any(port.role is PortRole.LOSS for port in kind.outputs)
+        assert (plan.backward.through_peak_bytes > 0) == ends, layer.name
+        if ends:
+            most = plan.residual_bytes + plan.forward.peak_bytes + plan.backward.peak_bytes
+            assert max(plan.forward.peak_bytes, plan.backward.peak_bytes) <= plan.backward.through_peak_bytes <= most
+
+
+@pytest.mark.standard_promotion
+def test_kept_inputs_are_part_of_the_residuals_and_all_of_them_under_full_rematerialisation() -> None:
+    strategy = LayerStrategy(dp=("a", "b", "c"), remat=Remat.FULL)
+    for index in range(len(traced("t5").spec.layers)):
+        _, plan = planned("t5", index, strategy)
+        kept = sum(size for _, size in plan.kept_inputs)
+        assert kept == plan.residual_bytes
+        _, everything = planned("t5", index)
+        assert sum(size for _, size in everything.kept_inputs) <= everything.residual_bytes
+        series = LayerSeries.of(plan, MICROBATCH)
+        assert series.shared_bytes_at(MICROBATCH, frozenset(port for port, _ in plan.kept_inputs)) == kept
+
+
+@pytest.mark.standard_promotion
+def test_a_stage_holds_copies_of_its_parameters_and_one_more_set_of_gradients() -> None:
+    kind, plan = planned("gpt2", 1)
+    owned = tuple(parameter.port for parameter in plan.parameters)
+    one, staged = (
+        parameter_memory(kind, plan.parameters, owned=owned, optimizer=OptimizerMemory(), staged=staged)
+        for staged in (False, True)
+    )
+    assert one.copied_bytes == 0
+    assert staged.copied_bytes == one.parameter_bytes + one.gradient_bytes > 0
+    assert staged.static_bytes == one.static_bytes + staged.copied_bytes
+
+
+def test_a_pool_of_residuals_has_one_more_micro_batch_outside() -> None:
+    assert residuals_kept(7, recomputes=False) == 8
+    assert residuals_kept(7, recomputes=True) == 1
