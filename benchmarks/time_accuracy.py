@@ -99,7 +99,7 @@ def _draw(saved: Path) -> None:
             axes.scatter([r["measured_s"] for r in some], [r["predicted_s"] for r in some], s=18, alpha=0.8, label=link)
         axes.set(xscale="log", yscale="log", xlabel="measured step, s", ylabel="predicted step, s", title=model)
         axes.legend()
-    figure.suptitle("Step times of plans on two hosts of one core, by the bandwidth of their link")
+    figure.suptitle("Steps on two hosts of one core, by bandwidth of their link")
     figure.tight_layout()
     figure.savefig(saved.with_suffix(".png"), dpi=130)
 
