@@ -222,7 +222,8 @@ class PipelineStep(StepProgram):
             return storage.mirrored.write(case, flats, storage.with_exchanged(case, own, totals)), totals
 
         here, cases = lax.axis_index(storage.axes), range(storage.degree)
-        empty = storage.mirrored.zeros(), storage.nothing_exchanged()
+        # Begun when the schedule is done: XLA would make these zeros with those of the accumulated gradients.
+        empty = (_zeros_after(scale, storage.mirrored.zeros()), storage.nothing_exchanged())
         flats, parts = take_turn(here, {case: partial(reduced, case) for case in cases}, empty)
         if not storage.shared:
             return flats
@@ -238,6 +239,12 @@ class PipelineStep(StepProgram):
         ]
         new, opt_state = program.update_own(arrays[0], opt_state, arrays[1])
         return self._put_in(new, storage.stored, optimizer=False), opt_state
+
+
+def _zeros_after(known: Any, flats: Flats) -> Flats:
+    """Flat arrays of zeros that are not there before a number is known."""
+    zeros = {name: lax.optimization_barrier((jnp.zeros((), x.dtype), known))[0] for name, x in flats.items()}
+    return {name: jnp.broadcast_to(zeros[name], x.shape) for name, x in flats.items()}
 
 
 def _row(flats: Mapping[str, Any]) -> Flats:
