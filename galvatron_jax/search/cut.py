@@ -105,17 +105,17 @@ class CutSolver:
         stages = [StageChoices(number, *self._ends(number)) for number in range(len(self.starts))]
         problem = self.problem
         key = (problem.schedule, problem.degree, problem.num_microbatches)
-        # What bounds a cut like this one may do at once.
-        weights = self.minima.known.weights.get(key) or _even(problem)
+        # What bounds a cut like this one may do at once. Stages that weigh nothing there have no good choices yet.
+        begin = [weights for weights in (self.minima.known.weights.get(key), _even(problem)) if weights]
         best = _Priced((), ())
-        for _ in range(_ROUNDS):
+        for number in range(_ROUNDS):
             self._check_time()
+            weights = begin[number] if number < len(begin) else _as_weights(stage_weights(problem, stages))
             found = _Priced(weights, tuple(self._add(stages, weights)))
             if not best.weights or found.bound_s > best.bound_s:
                 best, self.bound_s = found, max(self.bound_s, found.bound_s)
-            if self.bound_s >= self._below or not self._grew:
+            if self.bound_s >= self._below or (number >= len(begin) and not self._grew):
                 break
-            weights = tuple(Weight(*(float(part) for part in row)) for row in stage_weights(problem, stages))
         self.minima.known.weights[key] = best.weights
         if self.bound_s < self._below:
             self._offer(best_pure(problem, stages, self.starts))
@@ -207,6 +207,10 @@ class CutSolver:
             best = chosen[int((placed @ count).argmin())]
             options = tuple(o for s in stages for o in fronts[s].options[int(best[s])])
             self._offer(evaluate(self.problem, self.starts, options))
+
+
+def _as_weights(rows: np.ndarray) -> tuple[Weight, ...]:
+    return tuple(Weight(*(float(part) for part in row)) for row in rows)
 
 
 def _even(problem: Pipeline) -> tuple[Weight, ...]:
