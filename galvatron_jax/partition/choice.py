@@ -152,8 +152,10 @@ class Choice:
             return False
         op, program, states = self.op, self.setting.program, self.states
         if op.linearity is Linearity.UNARY:
-            tensor_activation = self.setting.axes[axis].role is Role.TENSOR and program.has_batch[op.operands[0]]
-            return pending[0] and not (op.primitive == "reduce_sum" and tensor_activation)
+            activation = program.has_batch[op.operands[0]]
+            tensor_activation = self.setting.axes[axis].role is Role.TENSOR and activation
+            summed = op.primitive == "reduce_sum" and tensor_activation
+            return pending[0] and not summed and not (activation and self._widens())
         if op.linearity is Linearity.ADDITIVE:
             return all(p or state.zero for p, state in zip(pending, states, strict=True))
         if op.linearity is Linearity.LAST:
@@ -166,6 +168,14 @@ class Choice:
                 return pending[0] and scales[1]
             return sum(pending) == 1 and all(p or s for p, s in zip(pending, scales, strict=True))
         return False
+
+    def _widens(self) -> bool:
+        """Whether the operation converts to a wider type: half the bytes would have moved before it.
+
+        Gradients of weights pass on pending even so: they are summed over micro-batches in the wider type first.
+        """
+        size = self.setting.program.itemsize
+        return self.op.primitive == "convert_element_type" and size[self.op.results[0]] > size[self.op.operands[0]]
 
     def _is_scalar(self, operand: int) -> bool:
         state, dims = self.states[operand], self.setting.program.dim_of[self.op.operands[operand]]

@@ -7,7 +7,7 @@ from flax import nnx
 
 from galvatron_jax.models import registry
 from galvatron_jax.partition.layers import plan_layer
-from galvatron_jax.spec.strategy import LayerStrategy
+from galvatron_jax.spec.strategy import LayerStrategy, SequenceParallel
 from galvatron_jax.trace.model import Traced, trace
 
 MESH = {"a": 2, "b": 2}
@@ -35,3 +35,26 @@ def test_gradients_wait_for_the_end_of_the_step(family: str) -> None:
         found.append(([[(c.kind, c.axes) for c in plan.backward.collectives] for plan in plans], synchronised))
     assert found[0] == found[1]
     assert found[1][1][1] == [True] * len(found[1][1][1])
+
+
+AXES = ("a", "b")
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        LayerStrategy(tp=AXES),
+        LayerStrategy(tp=AXES, sp=AXES, sp_kind=SequenceParallel.MEGATRON),
+        LayerStrategy(sp=AXES, sp_kind=SequenceParallel.ULYSSES),
+    ],
+    ids=LayerStrategy.short,
+)
+def test_sums_of_activations_are_taken_before_a_wider_type(strategy: LayerStrategy) -> None:
+    """A Llama block computes norms and rotations in float32; what products leave pending are sums in bfloat16."""
+    spec = traced("llama", "bfloat16").spec
+    layer = spec.layers[len(spec.layers) // 2]
+    plan = plan_layer(spec.kinds[layer.kind], strategy, mesh=MESH, microbatch=8, model_microbatch=8)
+    large = [c for phase in (plan.forward, plan.backward) for c in phase.collectives if c.bytes >= 8 * 32 * 64 * 2 // 4]
+    assert len(large) >= 4
+    assert {c.dtype for c in large} == {"bfloat16"}
