@@ -230,7 +230,7 @@ class Executor:
             outputs, residuals = program.forward([ports[p] for p in range(len(inputs))])
             waiting = [self._waiting(run, q, x) for q, x in enumerate(outputs)]
             kept = [self._needed(run, p, ports[p]) for p in carried]
-            residuals = [_row_major(x) for x in residuals]
+            residuals = [self._between_loops(x) for x in residuals]
             return [waiting[run.inputs[p].output] for p in carried], (residuals, kept, [waiting[q] for q in outside])
 
         final, (residuals, kept, made) = lax.scan(
@@ -353,7 +353,7 @@ class Executor:
             seeds = {q: self._back(run, q, back[q]) for q in back}
             for q, x in outer.items():
                 seeds[q] = seeds[q] + x if q in seeds else x
-            fenced = self._fenced(number, Tape(inputs, [_row_major(x) for x in residuals]), seeds)
+            fenced = self._fenced(number, Tape(inputs, [self._between_loops(x) for x in residuals]), seeds)
             grads = dict(zip(ports, program.backward(fenced.inputs, fenced.residuals, seeds), strict=True))
             back = {ways[p].output: grads[p] for p in carried}
             sums = [a + grads[p] for a, p in zip(sums, shared, strict=True)]
@@ -371,6 +371,15 @@ class Executor:
         )
         found = {p: back[ways[p].output] for p in carried}
         return found | added | dict(zip(shared, sums, strict=True)) | dict(zip(stacked, slices, strict=True))
+
+    def _between_loops(self, x: Any) -> Any:
+        """What passes from a loop forward to a loop backward.
+
+        XLA may want it in another order of dims in each, and would copy all layers' at once in between.
+        """
+        if x.ndim < 2 or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+            return x
+        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
     def _zero_gradient(self, run: Run, port: int) -> Any:
         value, layout = run.local.gradient_of(port)
@@ -397,16 +406,6 @@ class Executor:
             return None
         rest = {r: x for r, x in cotangents.items() if r in own}
         return jnp.stack([self._seed_of(run, port, i, rest) for i in range(run.length)])
-
-
-def _row_major(x: Any) -> Any:
-    """What passes from a loop forward to a loop backward.
-
-    XLA may want it in another layout in each, and would copy all layers' at once in between.
-    """
-    if x.ndim < 2 or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
-        return x
-    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def _added_at(total: Any, index: Any, x: Any) -> Any:

@@ -123,3 +123,11 @@ def test_operations_without_a_rule_run_in_both() -> None:
         values.append((metrics["loss"], to_numpy(step.parameters(state))))
     np.testing.assert_allclose(values[0][0], values[1][0], rtol=TOLERANCE)
     assert not differences(values[1][1], values[0][1])
+
+
+@pytest.mark.standard_promotion
+def test_data_parallelism_gathers_nothing() -> None:
+    step = build_step(traced("gpt2"), annotated(Case("gpt2", "dp8").plan()), OPTIMIZERS["adamw"])
+    text = step.compiled.as_text()
+    assert " all-reduce(" in text
+    assert " all-gather(" not in text
