@@ -209,6 +209,10 @@ class FewerInFlight(Pipeline):
         """Per stage, its `pp - i` micro-batches."""
         return tuple(in_flight(self.degree, stage) for stage in range(self.degree))
 
+    def residuals_kept(self, stage: int) -> int:
+        """As many: its memory model knows no copy outside of the pool."""
+        return self.in_flight[stage]
+
 
 def pipeline(setting: Setting) -> Pipeline:
     """A setting as the problem that this package's search solves: embedding, blocks, and head."""
