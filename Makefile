@@ -15,8 +15,9 @@ PYTEST_ARGS ?=
 BENCHMARKS := planning_speed large_model compile_time step_overhead
 SEARCH_BENCHMARKS := search_speed paper_grid
 COMPILER_BENCHMARKS := pipeline_memory large_pipeline executors memory_accuracy
+HOST_BENCHMARKS := pipeline_time time_accuracy
 
-.PHONY: help quickstart test test-all test-verify test-gpu check lint types imports format docs bench bench-search bench-galvatron bench-gpu-compiler clean
+.PHONY: help quickstart test test-all test-verify test-gpu check lint types imports format docs bench bench-search bench-galvatron bench-gpu-compiler bench-two-hosts clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -65,6 +66,11 @@ bench-search: $(VENV)/.installed ## searches of large spaces: their speed, and w
 bench-gpu-compiler: $(VENV)/.installed-verify ## memory by XLA's GPU compiler, for GPUs that need not be here
 	@failed=0; for name in $(COMPILER_BENCHMARKS); do \
 	  echo "== $$name"; JAX_PLATFORMS=cpu $(BIN)/python benchmarks/$$name.py --check || failed=1; \
+	done; exit $$failed
+
+bench-two-hosts: $(VENV)/.installed ## predicted against measured steps on two hosts of one core each (root, for a link of their own)
+	@failed=0; for name in $(HOST_BENCHMARKS); do \
+	  echo "== $$name"; $(BIN)/python benchmarks/$$name.py --check || failed=1; \
 	done; exit $$failed
 
 bench-galvatron: $(VENV)/.installed ## plans against Hetu-Galvatron's: give its files by PROFILES=DIR PLANS=DIR

@@ -69,7 +69,7 @@ def test_pairs_stop_when_precise_enough() -> None:
 
 
 def test_every_benchmark_has_its_line_in_the_readme_and_in_the_makefile() -> None:
-    names = {path.stem for path in BENCHMARKS.glob("*.py")} - {"harness"}
+    names = {path.stem for path in BENCHMARKS.glob("*.py")} - {"harness", "testbed"}
     readme = (BENCHMARKS / "README.md").read_text()
     makefile = (BENCHMARKS.parent / "Makefile").read_text()
     for name in names:
