@@ -53,9 +53,7 @@ def fit_factors(runs: Sequence[Run]) -> Factors:
     times = [run.prediction.time for run in runs if run.prediction is not None]
     if len(times) < len(runs):
         missing = ", ".join(sorted({run.model for run in runs if run.prediction is None}))
-        raise InputError(
-            f"Runs of {missing} hold no prediction: their plans were never priced."
-        )
+        raise InputError(f"Runs of {missing} hold no prediction: their plans were never priced.")
     measured = np.array([run.step_s for run in runs])
     parts = np.array([_parts(time) for time in times])
     relative = parts / measured[:, None]

@@ -225,10 +225,23 @@ def test_a_search_of_more_plans_is_never_slower(asked: Question) -> None:
         {"num_microbatches": (4,)},
         {"zero": (0,)},
         {"remat": (Remat.NONE,)},
-        {"tp": False},
     )
     for change in fewer:
         assert whole <= least_s(replace(asked, space=replace(asked.space, **change))) * (1 + 1e-9)
+
+
+@SEARCHES
+@given(QUESTIONS)
+def test_tensor_parallelism_is_never_slower_than_none(asked: Question) -> None:
+    """Where without it no layer would have to repeat its work: such plans are tried only where there are no others."""
+    alone = replace(asked, space=replace(asked.space, tp=False))
+    try:
+        plan = alone.answer(runners_up=False).plan
+    except InfeasibleError:
+        return
+    stage_axes = {axis.name for axis in plan.stage_mesh}
+    if all(stage_axes <= {*s.dp, *s.tp, *s.sp} for s in plan.strategies):
+        assert least_s(asked) <= least_s(alone) * (1 + 1e-9)
 
 
 @SEARCHES
