@@ -35,7 +35,7 @@ class Factors:
     """Of all collectives, gradient synchronisation included."""
     update: float
     error_before: float
-    """Mean of |predicted / measured - 1| over the runs."""
+    """Mean over the runs of the relative error of predicted seconds, sign left out."""
     error_after: float
 
 

@@ -49,7 +49,7 @@ class Accuracy:
     runs: int
     """Those that hold a prediction."""
     mean_error: float
-    """Mean of |predicted / measured - 1|."""
+    """Mean of the relative errors of predicted seconds, as shares of the measured ones, signs left out."""
     worst_error: float
     rank_correlation: float | None
     """Spearman's, of predicted and measured seconds; None for fewer than three runs, or runs all alike."""
