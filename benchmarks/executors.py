@@ -20,15 +20,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import optax
-from flax import nnx
 from harness import Claim, Outcome, run
+from parts.trace_zoo import trace_zoo
 
-from galvatron_jax.models import registry
 from galvatron_jax.runtime.step import build_step
 from galvatron_jax.spec.plan import LayerGroup, MeshAxis, Plan, Stage
 from galvatron_jax.spec.presets import cluster_preset
 from galvatron_jax.spec.strategy import LayerStrategy, Remat, SequenceParallel
-from galvatron_jax.trace.model import Traced, trace
+from galvatron_jax.trace.model import Traced
 from galvatron_jax.verify.replay import replay
 from galvatron_jax.verify.targets import target_devices
 
@@ -119,14 +118,7 @@ PAIRS = (
 def traced(model: str, dtype: str) -> Traced:
     """The model at micro-batches of eight."""
     name, preset, changes = MODELS[model]
-    family = registry.family(name)
-    config = registry.model_config(name, preset, **changes, **DTYPES[dtype])
-
-    def make(seed: int | None) -> nnx.Module:
-        return family.model(config, rngs=nnx.Rngs(jax.random.key(0 if seed is None else seed)))
-
-    batch = family.example_batch(config, DEVICES)
-    return trace(nnx.eval_shape(lambda: make(0)), family.loss_fn, batch, make=make, name=f"{model}-{dtype}")
+    return trace_zoo(name, preset, microbatch=DEVICES, called=f"{model}-{dtype}", **changes, **DTYPES[dtype])
 
 
 def compiled(pair: Pair, executor: str) -> dict[str, Any]:

@@ -16,17 +16,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import optax
-from flax import nnx
 from harness import Claim, Outcome, run
+from parts.trace_zoo import trace_zoo
 
 from galvatron_jax.api.optimizer import optimizer_memory
 from galvatron_jax.cost.step import price_plan
-from galvatron_jax.models import registry
 from galvatron_jax.runtime.step import build_step
 from galvatron_jax.spec.plan import LayerGroup, MeshAxis, Plan, Schedule, Stage
 from galvatron_jax.spec.presets import cluster_preset
 from galvatron_jax.spec.strategy import LayerStrategy
-from galvatron_jax.trace.model import Traced, trace
+from galvatron_jax.trace.model import Traced
 from galvatron_jax.verify.targets import target_devices
 
 STAGES, MICROBATCH, COUNTS = 4, 8, (4, 32)
@@ -36,16 +35,8 @@ GIB = 2**30
 
 def traced() -> Traced:
     """The model."""
-    family = registry.family("gpt2")
-    config = registry.model_config(
-        "gpt2", "small", num_layers=8, width=1024, num_heads=16, seq_length=1024, dtype="bfloat16"
-    )
-
-    def make(seed: int | None) -> nnx.Module:
-        return family.model(config, rngs=nnx.Rngs(jax.random.key(0 if seed is None else seed)))
-
-    batch = family.example_batch(config, MICROBATCH)
-    return trace(nnx.eval_shape(lambda: make(0)), family.loss_fn, batch, make=make, name="gpt-8-layers")
+    sizes = {"num_layers": 8, "width": 1024, "num_heads": 16, "seq_length": 1024, "dtype": "bfloat16"}
+    return trace_zoo("gpt2", "small", microbatch=MICROBATCH, called="gpt-8-layers", **sizes)
 
 
 def plan_of(model: Traced, schedule: Schedule, count: int) -> Plan:

@@ -10,13 +10,11 @@ import functools
 import itertools
 from dataclasses import dataclass
 
-import jax
-from flax import nnx
+from parts.trace_zoo import trace_zoo
 
-from galvatron_jax.models import registry
 from galvatron_jax.spec.plan import LayerGroup, MeshAxis, Plan, Schedule, Stage
 from galvatron_jax.spec.strategy import LayerStrategy, Remat, SequenceParallel
-from galvatron_jax.trace.model import Traced, trace
+from galvatron_jax.trace.model import Traced
 
 MODELS = {
     "gpt2": ("gpt2", "medium", {"vocab_size": 50304}),
@@ -103,14 +101,7 @@ class Pair:
 @functools.lru_cache(maxsize=4)
 def _traced(model: str, dtype: str, microbatch: int) -> Traced:
     name, preset, changes = MODELS[model]
-    family = registry.family(name)
-    config = registry.model_config(name, preset, **changes, **DTYPES[dtype])
-
-    def make(seed: int | None) -> nnx.Module:
-        return family.model(config, rngs=nnx.Rngs(jax.random.key(0 if seed is None else seed)))
-
-    batch = family.example_batch(config, microbatch)
-    return trace(nnx.eval_shape(lambda: make(0)), family.loss_fn, batch, make=make, name=f"{model}-{dtype}")
+    return trace_zoo(name, preset, microbatch=microbatch, called=f"{model}-{dtype}", **changes, **DTYPES[dtype])
 
 
 def _plan(

@@ -91,8 +91,3 @@ class Verification:
     def memory_error(self) -> float:
         """Predicted over compiled peak, less one."""
         return self.prediction.largest.total_bytes / self.memory.peak_bytes - 1.0
-
-    @property
-    def unpredicted(self) -> tuple[CollectiveCheck, ...]:
-        """Collectives whose bytes are not the predicted ones."""
-        return tuple(check for check in self.collectives if not check.as_predicted)
