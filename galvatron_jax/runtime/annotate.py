@@ -24,7 +24,10 @@ from galvatron_jax.spec.strategy import Remat
 
 @dataclass(frozen=True)
 class AnnotateExecutor(Executor):
-    """Runs micro-batches on whole arrays: all shapes are global, a change of layout is a constraint."""
+    """Runs micro-batches on whole arrays: all shapes are global, a change of layout is a constraint.
+
+    Never `ordered`: XLA's partitioner would gather what has an order of dims prescribed.
+    """
 
     mesh: Mesh = field(kw_only=True)
     remats: Sequence[Remat] = field(kw_only=True)
@@ -45,10 +48,6 @@ class AnnotateExecutor(Executor):
             return x
         spec = PartitionSpec(*(None,) * lead, *(axes or None for axes in target))
         return lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
-
-    def _between_loops(self, x: Any) -> Any:
-        """As it is: XLA's partitioner would gather what has an order of dims prescribed."""
-        return x
 
     def _needed(self, run: Run, port: int, x: Any) -> Any:
         return x if self.program(run).reads_input(port) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import jax
@@ -23,8 +24,26 @@ from galvatron_jax.runtime.runs import Layouts, Run, Way
 from galvatron_jax.runtime.storage import Storage, make_storage
 from galvatron_jax.spec.model import PortRole
 from galvatron_jax.spec.plan import Plan
-from galvatron_jax.spec.strategy import Remat
+from galvatron_jax.spec.strategy import LayerStrategy, Remat
 from galvatron_jax.trace.model import Traced
+
+
+class Repeats(Enum):
+    """What a layer's backward program does again of what its forward did."""
+
+    NOTHING = "nothing"
+    GATHERS = "gathers"
+    """Of parameters: ZeRO-3."""
+    WORK = "work"
+    """Rematerialisation."""
+
+    @staticmethod
+    def of(strategy: LayerStrategy) -> Repeats:
+        """What layers of this strategy repeat."""
+        if strategy.remat is not Remat.NONE:
+            return Repeats.WORK
+        return Repeats.GATHERS if strategy.zero == 3 else Repeats.NOTHING
+
 
 Gradients = dict[tuple[int, int], Any]
 """Local gradients by (run, port), stacked over the run's layers, sums over data axes still pending."""
@@ -56,8 +75,14 @@ class Executor:
     runs: Sequence[Run]
     layouts: Layouts
     storage: Storage
-    repeats: Sequence[bool] = field(default=())
-    """Per run, whether its backward program does again what its forward did: rematerialisation, or ZeRO-3's gathers."""
+    repeats: Sequence[Repeats] = field(default=())
+    """Per run."""
+    ordered: bool = True
+    """Whether what a loop keeps for the loop backward has its order of dims prescribed.
+
+    XLA's GPU compiler may want another order in each, and would copy all layers' at once in between. On CPUs, where it
+    is not memory that is short, the layers' own copies cost more: 3 % of a step of `benchmarks/step_overhead.py`.
+    """
 
     def program(self, run: Run) -> LayerProgram:
         """The run's layer program."""
@@ -295,10 +320,16 @@ class Executor:
 
         Both would keep it in between. XLA peels loops, so what a loop repeats is tied to its cotangents as well.
         """
-        if not self.repeats or not self.repeats[number] or not seeds:
+        repeats = self.repeats[number] if self.repeats else Repeats.NOTHING
+        if repeats is Repeats.NOTHING or not seeds:
             return tape
-        inputs, residuals, _ = lax.optimization_barrier((tape.inputs, tape.residuals, seeds))
-        return Tape(inputs, residuals)
+        if repeats is Repeats.WORK:
+            inputs, residuals, _ = lax.optimization_barrier((tape.inputs, tape.residuals, seeds))
+            return Tape(inputs, residuals)
+        ports = self.runs[number].local.static.kind.inputs
+        gathered = {p: x for p, x in enumerate(tape.inputs) if ports[p].role is PortRole.PARAMETER}
+        held, _ = lax.optimization_barrier((gathered, seeds))
+        return Tape([held.get(p, x) for p, x in enumerate(tape.inputs)], tape.residuals)
 
     @staticmethod
     def _seeded(run: Run) -> list[int]:
@@ -373,11 +404,8 @@ class Executor:
         return found | added | dict(zip(shared, sums, strict=True)) | dict(zip(stacked, slices, strict=True))
 
     def _between_loops(self, x: Any) -> Any:
-        """What passes from a loop forward to a loop backward.
-
-        XLA may want it in another order of dims in each, and would copy all layers' at once in between.
-        """
-        if x.ndim < 2 or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+        """What passes from a loop forward to a loop backward, in its order of dims."""
+        if not self.ordered or x.ndim < 2 or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
             return x
         return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
@@ -414,11 +442,13 @@ def _added_at(total: Any, index: Any, x: Any) -> Any:
     return lax.dynamic_update_index_in_dim(total, row + x, index, 0)
 
 
-def make_executor(traced: Traced, plan: Plan, runs: Sequence[Run], layouts: Layouts) -> Executor:
-    """The executor of the layers of one stage."""
-    strategies = [plan.strategies[run.start] for run in runs]
-    repeats = [strategy.remat is not Remat.NONE or strategy.zero == 3 for strategy in strategies]
-    return Executor(traced, runs, layouts, make_storage(traced, runs, unread=runs[0].start == 0), repeats)
+def make_executor(
+    traced: Traced, plan: Plan, runs: Sequence[Run], layouts: Layouts, *, ordered: bool = True
+) -> Executor:
+    """The executor of the layers of one stage; `ordered` as it says."""
+    repeats = [Repeats.of(plan.strategies[run.start]) for run in runs]
+    storage = make_storage(traced, runs, unread=runs[0].start == 0)
+    return Executor(traced, runs, layouts, storage, repeats, ordered)
 
 
 def spec_of(run: Run, port: int, *, optimizer: bool) -> BoundarySpec:

@@ -68,11 +68,14 @@ def build_step(
         raise PlanMismatchError(
             f"executor: `annotate` runs plans of one stage, this one has {len(stages)}; use the executor `local`."
         )
-    executors = [make_executor(traced, plan, runs, layouts) for runs in stages]
+    ordered = devices[0].platform != "cpu"
+    executors = [make_executor(traced, plan, runs, layouts, ordered=ordered) for runs in stages]
     if plan.executor == "annotate":
         local = executors[0]
         remats = tuple(strategy.remat for strategy in plan.strategies)
-        whole = AnnotateExecutor(traced, local.runs, layouts, local.storage, local.repeats, mesh=mesh, remats=remats)
+        whole = AnnotateExecutor(
+            traced, local.runs, layouts, local.storage, local.repeats, ordered=False, mesh=mesh, remats=remats
+        )
         return AnnotateStep(traced, plan, optimizer, mesh, layouts, whole)
     if len(executors) == 1:
         return Step(traced, plan, optimizer, mesh, layouts, executors[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -92,6 +93,20 @@ def test_a_state_born_sharded_is_the_one_born_on_one_device(case: Case) -> None:
     assert differences(to_numpy(step.parameters(state)), to_numpy(wanted[0])) == {}
     assert differences(to_numpy(state["model_state"]), to_numpy(wanted[1])) == {}
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda s: s.sharding, step.state_shapes)
+
+
+@pytest.mark.standard_promotion
+def test_an_order_of_dims_between_loops_changes_no_step() -> None:
+    case = Case("nnx_scan_gpt", "tp2-everywhere")
+    step = case.build(either(*OPTIMIZERS.values()))
+    assert "LayoutConstraint" not in step.lowered.as_text(), "on CPUs, orders are the compiler's"
+    ordered = dataclasses.replace(step, executor=dataclasses.replace(step.executor, ordered=True))
+    assert "LayoutConstraint" in ordered.lowered.as_text()
+    begin = place(ordered, *initial(case.model))
+    wanted = reference(case.model, "adamw", 1)
+    found = train(ordered, begin, case, "adamw")
+    np.testing.assert_allclose(found.losses, wanted.losses, rtol=TOLERANCE)
+    assert differences(found.parameters, wanted.parameters) == {}
 
 
 def test_every_model_has_three_unlike_plans() -> None:
