@@ -59,6 +59,11 @@ def read_wishes(arguments: Search) -> Wishes:
     _check_files(arguments)
     if arguments.time_limit is not None and arguments.time_limit <= 0:
         raise InputError(f"--time-limit: {arguments.time_limit:g} s is no time; give more than 0.")
+    if arguments.fewer_devices and arguments.verify is not None:
+        raise InputError(
+            "--verify compiles for the whole cluster, of which --fewer-devices may leave a part unused: leave it out, "
+            "and verify what it finds with the command verify."
+        )
     count = arguments.num_microbatches
     wrong = [batch for batch in batches if count is not None and (count < 1 or batch % count)]
     if wrong:
@@ -96,6 +101,7 @@ def make_question(arguments: Search, wishes: Wishes, output: Output) -> Question
         from galvatron_jax.cli.traced import traced_question
 
         question = traced_question(arguments, wishes, output)
+    question = replace(question, fewer_devices=arguments.fewer_devices)
     if question.profile is None or question.space.pipeline_degrees is not None or _prices_pipelines(question.profile):
         return question
     output.say(

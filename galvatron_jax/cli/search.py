@@ -51,6 +51,10 @@ def run(arguments: Search, output: Output) -> int:
         return _sweep(arguments, question, wishes.axes, output)
     with _progress(output) as told:
         result = question.answer(time_limit_s=arguments.time_limit, progress=told)
+    used = result.plan.num_devices
+    if used < question.cluster.num_devices:
+        output.show([f"{used} of the {question.cluster.num_devices} devices of {result.cluster} are worth using."])
+        question = question.on_devices(used)
     verified: tuple[Verification, ...] = ()
     if arguments.verify is not None:
         result, verified = verify_result(arguments, result, wishes.memory_bytes, output)

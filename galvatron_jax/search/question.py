@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from galvatron_jax.cost.links import INTRA
 from galvatron_jax.cost.memory import OptimizerMemory
 from galvatron_jax.cost.planner import Planner
 from galvatron_jax.cost.step import price_plan
-from galvatron_jax.errors import InputError
+from galvatron_jax.errors import InfeasibleError, InputError
 from galvatron_jax.search.engine import search, search_batches
 from galvatron_jax.search.explain import SearchResult
 from galvatron_jax.search.problems import Progress
@@ -43,6 +45,8 @@ class Question:
     space: SearchSpace = _ONE_STAGE
     planner: Planner | None = None
     """For tests; the partitioner otherwise."""
+    fewer_devices: bool = False
+    """Whether the answer may leave devices unused: also asks for each part of the cluster that divides it."""
 
     def __post_init__(self) -> None:
         if not self.global_batches:
@@ -72,6 +76,8 @@ class Question:
             InputError: when a batch or the number of micro-batches is wrong.
             InfeasibleError: when no plan fits.
         """
+        if self.fewer_devices:
+            return self._answer_of_parts(time_limit_s, runners_up=runners_up, progress=progress)
         if len(self.global_batches) == 1:
             return self._search(self.global_batches[0], time_limit_s, runners_up=runners_up, progress=progress)
         share_s = None if time_limit_s is None else time_limit_s / len(self.global_batches)
@@ -89,6 +95,39 @@ class Question:
             return found
         again = self._search(found.plan.global_batch, share_s, runners_up=True, progress=progress)
         return replace(found, runners_up=again.runners_up)
+
+    def _answer_of_parts(
+        self, time_limit_s: float | None, *, runners_up: bool, progress: Progress | None
+    ) -> SearchResult:
+        """The best answer for all devices, or a number that divides theirs; of equals the one for most devices."""
+        questions = list(self._parts())
+        share_s = None if time_limit_s is None else time_limit_s / len(questions)
+        found, failure = [], None
+        for asked in questions:
+            try:
+                found.append((asked.answer(time_limit_s=share_s, runners_up=False, progress=progress), asked))
+            except InfeasibleError as error:
+                failure = failure or error
+        if not found:
+            assert failure is not None
+            raise failure
+        best, asked = max(found, key=lambda pair: pair[0].examples_per_s)
+        if runners_up:
+            best = asked.answer(time_limit_s=share_s, progress=progress)
+        most = max(result.plan.global_batch / result.statistics.bound_s for result, _ in found)
+        bound_s = min(best.plan.global_batch / most, best.statistics.bound_s)
+        return replace(best, cluster=self.cluster.name, statistics=replace(best.statistics, bound_s=bound_s))
+
+    def _parts(self) -> Iterator[Question]:
+        """The same about all devices, and about fewer, where these fill whole nodes and make the stages asked for."""
+        whole = replace(self, fewer_devices=False)
+        yield whole
+        total, degrees = self.cluster.num_devices, self.space.pipeline_degrees
+        for count in range(total // 2, 0, -1):
+            if total % count or (degrees is not None and all(count % degree for degree in degrees)):
+                continue
+            with suppress(InputError):
+                yield whole.on_devices(count)
 
     def price(self, plan: Plan) -> Prediction:
         """What a plan would cost here.

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -72,6 +73,17 @@ def test_pipelines_are_searched_unless_one_stage_is_asked_for(search):
     assert len(alone["plan"]["stages"]) == 1
     assert every["examples_per_s"] >= alone["examples_per_s"]
     assert every["examples_per_s"] >= document["examples_per_s"]
+
+
+def test_devices_may_stay_unused(search):
+    every, some = (result(search(*option, "--json", cluster="h100x8")) for option in ([], ["--fewer-devices"]))
+    devices = [math.prod(axis["size"] for axis in found["plan"]["mesh"]) for found in (every, some)]
+    assert devices[0] == 8
+    assert devices[1] < 8
+    assert some["examples_per_s"] > every["examples_per_s"]
+    code, out, _ = search("--fewer-devices", "--explain", "--check", cluster="h100x8")
+    assert code == 0
+    assert f"{devices[1]} of the 8 devices of h100x8 are worth using." in out
 
 
 def test_of_a_range_of_batches_the_fastest_wins(search):
@@ -221,6 +233,7 @@ def test_a_missing_matplotlib_is_noticed_before_the_search(search, monkeypatch, 
         (["--out", "plan.csv"], "--out: plans are written to .json and .toml files, not plan.csv."),
         (["--sweep", "devices=12"], "No cluster preset 'h100x12'"),
         (["--sweep", "inter-bandwidth=x2"], "The sweep varies the bandwidth between nodes, but 'h100x2' has one node"),
+        (["--fewer-devices", "--verify", "2"], "--verify compiles for the whole cluster, of which --fewer-devices may"),
         (["--sweep", "devises=8"], "--sweep devises=8: cannot vary 'devises'. Did you mean 'devices'?"),
     ],
 )

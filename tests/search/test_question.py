@@ -46,6 +46,26 @@ def test_batches_that_do_not_fit_are_passed_over() -> None:
         question(global_batches=(64, 128), memory_bytes=1000).answer()
 
 
+def test_devices_that_slow_links_make_useless_are_left_unused_where_that_is_allowed() -> None:
+    slow = cluster(2, 2).intra.model_copy(update={"bandwidth_bytes_per_s": 1e3})
+    asked = question(cluster=cluster(2, 2).model_copy(update={"intra": slow, "inter": slow}))
+    whole, found = asked.answer(runners_up=False), replace(asked, fewer_devices=True).answer()
+    assert (whole.plan.num_devices, found.plan.num_devices) == (4, 1)
+    assert found.examples_per_s > whole.examples_per_s
+    assert found.statistics.proven
+    assert found.runners_up
+    assert found.explain().startswith("Plan of toy for 1 devices of toys")
+    quick = question(model=toy_model(4, width=1024, hidden=1024), cluster=cluster(1, 4), fewer_devices=True)
+    assert quick.answer(runners_up=False).plan.num_devices == 4
+
+
+def test_a_part_of_the_cluster_is_asked_only_where_it_can_hold_the_stages() -> None:
+    asked = question(cluster=cluster(2, 3), global_batches=(12,), space=PIPELINES, fewer_devices=True)
+    assert [part.cluster.num_devices for part in asked._parts()] == [6, 2]
+    with pytest.raises(InfeasibleError, match="fits"):
+        replace(asked, memory_bytes=1000).answer()
+
+
 def test_a_question_needs_a_batch_and_its_own_models_profile() -> None:
     with pytest.raises(InputError, match="no global batch to try"):
         question(global_batches=())
