@@ -72,7 +72,6 @@ def main() -> None:
     model, cluster = ModelSpec.load(options.spec), cluster_preset(options.cluster)
     os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
     gc.collect()
-    gc.freeze()
     samples, start = Samples(), time.process_time()
     samples.start()
     try:

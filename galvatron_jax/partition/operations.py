@@ -104,7 +104,8 @@ class Draft:
             if cost > 0:
                 number = None if factor is None else factor.factor
                 self.decisions.append(Decision(op.index, op.primitive, axis, number, cost))
-                self.setting.dear.append(DearChoice(self.setting, op, states, axis, dict(chosen), factor))
+                if self.setting.keep is not Keep.STEPS:
+                    self.setting.dear.append(DearChoice(self.setting, op, states, axis, dict(chosen), factor))
             if factor is not None:
                 chosen[axis] = factor
         wanted = [self._operand_layout(n, chosen, kept) for n in range(len(states))]

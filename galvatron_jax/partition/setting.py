@@ -107,7 +107,8 @@ class Setting:
         self.moves: dict[tuple[int, Held, Layout], tuple[Outcome, int]] = {}
         """Conversions by value, state and target, with the version that each makes."""
         self.dear: list[DearChoice] = [] if dear is None else dear
-        """What was chosen at a cost, in loops too: at another micro-batch it may not be the cheapest."""
+        """What was chosen at a cost, in loops too: at another micro-batch it may not be the cheapest. Not noted where
+        conversions and FLOPs alone are kept."""
         self._elsewhere: dict[tuple[int, ...], Setting] = {}
         self._states: dict[tuple, Held] = {}
         self._bytes: dict[tuple[int, Held, int], float] = {}

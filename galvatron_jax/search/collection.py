@@ -12,7 +12,8 @@ def collection_paused() -> Iterator[None]:
     """Keeps the collector of cycles from running; counted references free memory all the same.
 
     A search makes many small objects that it keeps to the end, and hardly a cycle. The collector would go through
-    all of them, and through what else the process holds (a loaded JAX is a million objects), time and again.
+    all of them, and through what else the process holds (a loaded JAX is a million objects), time and again. Nor are
+    those that are left at the end looked at as new ones, which most likely live no longer: they count as old.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -20,4 +21,8 @@ def collection_paused() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
+            if not gc.get_freeze_count():
+                # Puts all objects aside, and back among the oldest; what others have put aside stays there.
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()

@@ -28,13 +28,13 @@ class ChainBuilder:
             allowed: which strategies to use. A layer that offers none of them keeps all; None when that is the most
                 frequent layer.
         """
-        slots = self.tables.slots()
+        slots = self.tables.slots
         frequent = max(slots, key=slots.count)
         if allowed is not None and not any(map(allowed, self.tables.candidates(frequent.wiring.kind, batching))):
             return None
         while True:
             tables = {slot: self._table(slot, batching, allowed) for slot in dict.fromkeys(slots)}
-            variants = tie_variants([tables[slot] for slot in slots], self.tables.costs.wiring.tied)
+            variants = tie_variants(tables.values(), self.tables.costs.wiring.tied)
             if variants or allowed is not None or not self.tables.let_tied_repeat(batching):
                 break
             self._undominated.clear()

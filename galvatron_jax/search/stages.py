@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -32,6 +33,7 @@ class PipelineBuilder:
     _undominated: dict[tuple, Table] = field(default_factory=dict, repr=False)
     _edges: dict[tuple, np.ndarray] = field(default_factory=dict, repr=False)
     _made: dict[tuple, tuple[Table, StageOptions]] = field(default_factory=dict, repr=False)
+    _crossings: dict[tuple, tuple[Cut, ...]] = field(default_factory=dict, repr=False)
 
     def build(self, pipelining: Pipelining, batching: Batching, allowed: Allowed | None = None) -> Iterator[Pipeline]:
         """One problem for each joint layout of the tied parameters.
@@ -41,24 +43,20 @@ class PipelineBuilder:
             batching: how the batch is fed.
             allowed: which strategies to use; a layer that offers none of them keeps all.
         """
-        costs = self.tables.costs
-        firsts = self.tables.slots()
-        slots = [Slot(stage_wirings(slot.wiring)[0], slot.handed_on) for slot in firsts]
-        later = [stage_wirings(slot.wiring)[1] for slot in firsts]
-        repeats = [
-            None if wiring is None else Slot(wiring, slot.handed_on) for wiring, slot in zip(later, firsts, strict=True)
-        ]
+        costs, (slots, repeats) = self.tables.costs, self._slots
         every = dict.fromkeys([*slots, *(slot for slot in repeats if slot is not None)])
         while True:
             tables = {slot: self._table(slot, batching, allowed) for slot in every}
-            variants = tie_variants([tables[slot] for slot in slots], costs.wiring.tied)
+            variants = tie_variants([tables[slot] for slot in dict.fromkeys(slots)], costs.wiring.tied)
             if variants or allowed is not None or not self.tables.let_tied_repeat(batching):
                 break
             for stale in (self._undominated, self._edges, self._made):
                 stale.clear()
-        cuts = tuple(Cut(cut.bytes, cut.forward_s, cut.backward_s) for cut in cut_costs(costs, pipelining, batching))
+        cuts = self._cuts(pipelining, batching)
         held = tuple(Held(value.producer, value.last, value.bytes) for value in held_values(costs, batching))
-        moves = {pair: self.tables.moves(*pair, batching) for pair in itertools.pairwise(slots)}
+        moves = {pair: self.tables.moves(*pair, batching) for pair in dict.fromkeys(itertools.pairwise(slots))}
+        between = tuple([moves[pair] for pair in itertools.pairwise(slots)])
+        fixed_bytes = fixed_stage_bytes(costs, batching)
         for variant in variants:
             made = {slot: self._options(slot, table, variant, batching) for slot, table in tables.items()}
             if any(not len(options) for options in made.values()):
@@ -68,14 +66,36 @@ class PipelineBuilder:
                 degree=pipelining.degree,
                 num_chunks=pipelining.num_chunks,
                 num_microbatches=batching.num_microbatches,
-                layers=tuple(made[slot] for slot in slots),
-                repeats=tuple(None if slot is None else made[slot] for slot in repeats),
-                moves=tuple(moves[pair] for pair in itertools.pairwise(slots)),
+                layers=tuple([made[slot] for slot in slots]),
+                repeats=tuple([None if slot is None else made[slot] for slot in repeats]),
+                moves=between,
                 cuts=cuts,
                 held=held,
                 ties=self._ties(pipelining, slots, tables, variant),
-                fixed_bytes=fixed_stage_bytes(costs, batching),
+                fixed_bytes=fixed_bytes,
             )
+
+    @cached_property
+    def _slots(self) -> tuple[tuple[Slot, ...], tuple[Slot | None, ...]]:
+        """Per layer, its slot as the first of its stage to use its parameters; and as a later one, if that differs."""
+        pairs = [(stage_wirings(slot.wiring), slot.handed_on) for slot in self.tables.slots]
+        return (
+            tuple([self.tables.slot(first, handed_on) for (first, _), handed_on in pairs]),
+            tuple([None if later is None else self.tables.slot(later, handed_on) for (_, later), handed_on in pairs]),
+        )
+
+    @cached_property
+    def _users(self) -> dict[str, tuple[int, ...]]:
+        """Layers that use each tied parameter."""
+        return tied_users(self.tables.costs)
+
+    def _cuts(self, pipelining: Pipelining, batching: Batching) -> tuple[Cut, ...]:
+        """What lies in front of each layer where a stage begins with it, whatever the schedule."""
+        key = pipelining.axes, batching
+        if key not in self._crossings:
+            found = cut_costs(self.tables.costs, pipelining, batching)
+            self._crossings[key] = tuple([Cut(cut.bytes, cut.forward_s, cut.backward_s) for cut in found])
+        return self._crossings[key]
 
     def _table(self, slot: Slot, batching: Batching, allowed: Allowed | None) -> Table:
         priced = self.tables.table(slot, batching)
@@ -122,8 +142,7 @@ class PipelineBuilder:
     def _ends(self, slot: Slot, *, leaving: bool) -> tuple[int, LayerWiring] | None:
         """Kind in front of the cut, and wiring behind it; None for the first layer's entry and the last one's exit."""
         layers = self.tables.costs.wiring.layers
-        slots = self.tables.slots()
-        for index, other in enumerate(slots):
+        for index, other in enumerate(self.tables.slots):
             same = other.wiring.kind == slot.wiring.kind and other.handed_on == slot.handed_on
             if same and other.wiring.hops == slot.wiring.hops:
                 if leaving:
@@ -132,15 +151,13 @@ class PipelineBuilder:
         return None
 
     def _ties(
-        self, pipelining: Pipelining, slots: list[Slot], tables: dict[Slot, Table], variant: dict[str, tuple]
+        self, pipelining: Pipelining, slots: Sequence[Slot], tables: dict[Slot, Table], variant: dict[str, tuple]
     ) -> tuple[Tie, ...]:
         ties = []
-        for name, users in tied_users(self.tables.costs).items():
+        for name, users in self._users.items():
             table = tables[slots[users[0]]]
             size = next(
-                sizes[name]
-                for sizes, layout in zip(table.tied_bytes, table.ties, strict=True)
-                if layout[name] == variant[name]
+                table.tied_bytes[way][name] for way in table.offered_ties if table.ties[way][name] == variant[name]
             )
             ties.append(Tie(users, exchange_seconds(self.tables.costs, pipelining, size)))
         return tuple(ties)

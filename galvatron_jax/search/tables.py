@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -22,9 +23,9 @@ Allowed = Callable[[LayerStrategy], bool]
 """Which strategies a search is restricted to."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slot:
-    """What a layer's options depend on: layers with equal slots share them."""
+    """What a layer's options depend on: layers alike share one slot, see `TableBuilder.slot`."""
 
     wiring: LayerWiring
     handed_on: tuple[int, ...]
@@ -55,20 +56,25 @@ class Table:
     """Class of the layouts at the layer's boundary. int64[options]"""
     examples: tuple[LayerSeries, ...]
     """Plans of each class."""
+    stored: np.ndarray
+    """Way to keep the parameters. int64[options]"""
     ties: tuple[dict[str, tuple], ...]
-    """Per option, the signature of each tied parameter."""
+    """Per way, the signature of each tied parameter."""
     tied_bytes: tuple[dict[str, int], ...]
-    """Per option, bytes of each tied parameter's gradient as the optimizer sees it."""
+    """Per way, bytes of each tied parameter's gradient as the optimizer sees it."""
 
     def __len__(self) -> int:
         return len(self.strategies)
 
+    @cached_property
+    def offered_ties(self) -> tuple[int, ...]:
+        """Ways to keep the parameters that some option takes, in order of appearance."""
+        return tuple(dict.fromkeys(self.stored.tolist()))
+
     def take(self, index: np.ndarray) -> Table:
         """Some of the options; the classes stay as they are."""
-        columns = {name: getattr(self, name)[index] for name in (*COLUMNS, "boundary")}
-        chosen = index.tolist()
-        rows = {name: tuple([getattr(self, name)[i] for i in chosen]) for name in ("strategies", "ties", "tied_bytes")}
-        return replace(self, **columns, **rows)
+        columns = {name: getattr(self, name)[index] for name in (*COLUMNS, "boundary", "stored")}
+        return replace(self, strategies=tuple([self.strategies[i] for i in index.tolist()]), **columns)
 
     def allowing(self, allowed: Allowed) -> Table:
         """The options with some strategies; all when there are none."""
@@ -77,11 +83,9 @@ class Table:
 
     def undominated(self, columns: Sequence[np.ndarray]) -> Table:
         """Without the options that others make superfluous by some columns."""
-        distinct = {id(tie): tie for tie in self.ties}
-        ties = list({tuple(sorted(tie.items())): None for tie in distinct.values()})
-        groups = {key: ties.index(tuple(sorted(tie.items()))) for key, tie in distinct.items()}
-        group = np.array([groups[id(tie)] for tie in self.ties])
-        return self.take(np.flatnonzero(~dominated(columns, self.boundary, group)))
+        groups: dict[tuple, int] = {}
+        group = np.array([groups.setdefault(tuple(sorted(tie.items())), len(groups)) for tie in self.ties])
+        return self.take(np.flatnonzero(~dominated(columns, self.boundary, group[self.stored])))
 
 
 def dominated(columns: Sequence[np.ndarray], boundary: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -116,16 +120,25 @@ class TableBuilder:
     _moves: dict[tuple, np.ndarray] = field(default_factory=dict, repr=False)
     _repeating: set[tuple[int, int]] = field(default_factory=set, repr=False)
     """Kinds and micro-batches that may repeat their work."""
+    _slots: dict[tuple[LayerWiring, tuple[int, ...]], Slot] = field(default_factory=dict, repr=False)
 
     def offers(self, allowed: Allowed) -> bool:
         """Whether any layer can use any of some strategies."""
         return any(allowed(strategy) for found in self._strategies.values() for strategy in found)
 
+    @cached_property
     def slots(self) -> tuple[Slot, ...]:
         """One per layer."""
         layers = self.costs.wiring.layers
         following = [tuple(hop.output for hop in layer.hops) for layer in layers[1:]]
-        return tuple(Slot(layer, ports) for layer, ports in zip(layers, [*following, ()], strict=True))
+        return tuple(self.slot(layer, ports) for layer, ports in zip(layers, [*following, ()], strict=True))
+
+    def slot(self, wiring: LayerWiring, handed_on: tuple[int, ...]) -> Slot:
+        """The one slot of layers with these connections."""
+        key = wiring, handed_on
+        if key not in self._slots:
+            self._slots[key] = Slot(wiring, handed_on)
+        return self._slots[key]
 
     def key(self, slot: Slot, batching: Batching) -> tuple:
         """What the prices of a slot depend on."""
@@ -156,16 +169,16 @@ class TableBuilder:
             class_of.append(classes[layouts])
         ties = [signatures(each, wiring.tied) for each in phases.parameters]
         sizes = [_tied_bytes(each, wiring.tied) for each in phases.parameters]
-        stored = phases.parameters_of.tolist()
-        self.priced += len(stored)
+        self.priced += len(phases.series)
         self.estimated += int(phases.estimated.sum())
         return Table(
             self.candidates(wiring.kind, batching),
             *(getattr(priced, name) for name in COLUMNS),
             boundary=np.array(class_of)[phases.ports_of],
             examples=tuple(examples),
-            ties=tuple([ties[index] for index in stored]),
-            tied_bytes=tuple([sizes[index] for index in stored]),
+            stored=phases.parameters_of,
+            ties=tuple(ties),
+            tied_bytes=tuple(sizes),
         )
 
     def _phases(self, kind: int, batching: Batching) -> PhaseCosts:
@@ -236,12 +249,17 @@ def _tied_bytes(parameters: Sequence[ParameterPlan], tied: tuple[tuple[str, int]
     return {name: by_port[port] for name, port in tied if port in by_port}
 
 
-def tie_variants(tables: Sequence[Table], tied: tuple[str, ...]) -> list[dict[str, tuple]]:
-    """Joint layouts of the tied parameters that every layer using them offers."""
+def tie_variants(tables: Iterable[Table], tied: tuple[str, ...]) -> list[dict[str, tuple]]:
+    """Joint layouts of the tied parameters that every layer using them offers.
+
+    Args:
+        tables: of the layers, those of like layers once.
+        tied: names of the parameters.
+    """
     choices = []
     for name in tied:
         offers = [
-            dict.fromkeys(tie[name] for tie in {id(tie): tie for tie in table.ties}.values())
+            dict.fromkeys(table.ties[way][name] for way in table.offered_ties)
             for table in tables
             if name in table.ties[0]
         ]
@@ -251,6 +269,5 @@ def tie_variants(tables: Sequence[Table], tied: tuple[str, ...]) -> list[dict[st
 
 def admitted(table: Table, variant: dict[str, tuple]) -> np.ndarray:
     """Which options a joint layout of tied parameters allows. bool[options]."""
-    distinct = {id(tie): tie for tie in table.ties}
-    fits = {key: all(variant[name] == layout for name, layout in tie.items()) for key, tie in distinct.items()}
-    return np.array([fits[id(tie)] for tie in table.ties], bool)
+    fits = [all(variant[name] == layout for name, layout in tie.items()) for tie in table.ties]
+    return np.array(fits, bool)[table.stored]

@@ -19,6 +19,23 @@ def test_the_collector_rests_inside_and_runs_afterwards() -> None:
     assert gc.isenabled()
 
 
+def test_what_is_left_counts_as_old_unless_others_have_put_objects_aside() -> None:
+    gc.collect()
+    kept = []
+    with collection_paused():
+        kept.append([])
+    assert not gc.get_freeze_count()
+    assert any(found is kept[0] for found in gc.get_objects(generation=2))
+    gc.freeze()
+    try:
+        aside = gc.get_freeze_count()
+        with collection_paused():
+            kept.append([])
+        assert gc.get_freeze_count() >= aside > 0
+    finally:
+        gc.unfreeze()
+
+
 def _fail() -> None:
     raise InputError("")
 
