@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from galvatron_jax.cost.compute import Work
-from galvatron_jax.cost.memory import passing
+from galvatron_jax.cost.memory import passing, scatters_late
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.wiring import LayerWiring
 from galvatron_jax.partition.counts import Amount, Counts
@@ -31,6 +31,8 @@ class PhaseCosts:
     """Per micro-batch in flight. int64[strategies]"""
     workspace_bytes: np.ndarray
     """int64[strategies]"""
+    unscattered_bytes: np.ndarray
+    """See `PhasePlan.unscattered_bytes`. int64[strategies]"""
     estimated: np.ndarray
     """Whether its computation time is scaled or derived, not measured. bool[strategies]"""
     ports: tuple[LayerSeries, ...]
@@ -90,6 +92,7 @@ def phase_costs(costs: CostModel, kind: int, strategies: Sequence[LayerStrategy]
         communication_s=sent - costs.overlap * np.minimum(sent, times.seconds),
         residual_bytes=residual,
         workspace_bytes=workspace,
+        unscattered_bytes=np.array([each.backward.unscattered_bytes for each in series], np.int64),
         estimated=times.estimated,
         ports=tuple([series[index] for index in ports]),
         ports_of=ports_of,
@@ -122,13 +125,14 @@ def layer_costs(costs: CostModel, wiring: LayerWiring, phases: PhaseCosts, batch
     held = np.array([costs.held_seconds(wiring, each, batching) for each in phases.ports])[phases.ports_of]
     seconds = phases.compute_s + (phases.communication_s + held)
     parameters = [costs.parameter_cost(wiring, each) for each in phases.parameters]
+    late = scatters_late(wiring, staged=costs.staged, accumulates=batching.num_microbatches > 1)
     return LayerCosts(
         forward_s=seconds[:, 0],
         backward_s=seconds[:, 1],
         once_s=np.array([each.once_s for each in parameters])[phases.parameters_of],
         static_bytes=np.array([each.memory.static_bytes for each in parameters], np.int64)[phases.parameters_of],
         residual_bytes=phases.residual_bytes - _shared(wiring, phases, batching),
-        workspace_bytes=phases.workspace_bytes,
+        workspace_bytes=phases.workspace_bytes + (phases.unscattered_bytes if late else 0),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 from galvatron_jax.cost.sizes import itemsize
@@ -48,7 +47,8 @@ class LayerMemory:
     residual_bytes: int
     workspace_bytes: int
     copied_bytes: int = 0
-    """In a pipeline stage: its parameters, and gradients of one micro-batch, outside of the flat arrays."""
+    """Parameters once more: in the order in which they are gathered, or taken out of a pipeline stage's flat arrays,
+    there with the gradients of one micro-batch."""
 
     @property
     def static_bytes(self) -> int:
@@ -61,7 +61,9 @@ class LayerMemory:
         return self.static_bytes + self.residual_bytes
 
 
-def layer_memory(kind: LayerKind, plan: LayerPlan, *, wiring: LayerWiring, optimizer: OptimizerMemory) -> LayerMemory:
+def layer_memory(
+    kind: LayerKind, plan: LayerPlan, *, wiring: LayerWiring, optimizer: OptimizerMemory, accumulates: bool = False
+) -> LayerMemory:
     """Memory of one layer under a plan, one micro-batch in flight.
 
     Args:
@@ -69,30 +71,45 @@ def layer_memory(kind: LayerKind, plan: LayerPlan, *, wiring: LayerWiring, optim
         plan: its plan.
         wiring: its connections.
         optimizer: state per parameter.
+        accumulates: whether gradients of several micro-batches are added up.
     """
-    residual, workspace = passing_bytes(plan, held=wiring.held_ports, staged=False)
+    residual, workspace = passing_bytes(plan, wiring=wiring, staged=False, accumulates=accumulates)
     return replace(
-        parameter_memory(kind, plan.parameters, owned=wiring.owned, optimizer=optimizer),
+        parameter_memory(kind, plan.parameters, wiring=wiring, optimizer=optimizer),
         residual_bytes=residual,
         workspace_bytes=workspace,
     )
 
 
-def passing_bytes(plan: LayerPlan, *, held: AbstractSet[int], staged: bool) -> tuple[int, int]:
+def passing_bytes(plan: LayerPlan, *, wiring: LayerWiring, staged: bool, accumulates: bool) -> tuple[int, int]:
     """What a layer keeps from forward to backward, and what it needs beside while it works.
 
     Args:
         plan: the layer's.
-        held: input ports at which it reads what waits for other layers too, and so is counted once for all.
+        wiring: its connections: what it reads that waits for other layers too is counted once for all.
         staged: whether it is in a pipeline stage, where something may come between its forward and its backward even
             if it is the last layer.
+        accumulates: whether its gradients are added to those of earlier micro-batches.
     """
-    return passing(
+    held = wiring.held_ports
+    residual, workspace = passing(
         plan.residual_bytes - sum(size for port, size in plan.kept_inputs if port in held),
         max(plan.forward.peak_bytes, plan.backward.peak_bytes),
         plan.backward.through_peak_bytes,
         staged=staged,
     )
+    waiting = plan.backward.unscattered_bytes if scatters_late(wiring, staged=staged, accumulates=accumulates) else 0
+    return residual, workspace + waiting
+
+
+def scatters_late(wiring: LayerWiring, *, staged: bool, accumulates: bool) -> bool:
+    """Whether whole gradients of the layer before are still there while a layer works backward.
+
+    XLA's GPU compiler puts a reduce-scatter whose result a loop only stores into the next turn, to overlap with it
+    (`CollectivePipeliner`, on for GPUs by default), so that a loop's body holds two layers' gradients. It leaves alone
+    what a turn adds to others: the gradients of several micro-batches outside of pipelines.
+    """
+    return wiring.looped and (staged or not accumulates)
 
 
 def passing(residual: int, workspace: int, through: int, *, staged: bool) -> tuple[int, int]:
@@ -109,21 +126,25 @@ def parameter_memory(
     kind: LayerKind,
     parameters: Sequence[ParameterPlan],
     *,
-    owned: tuple[int, ...],
+    wiring: LayerWiring,
     optimizer: OptimizerMemory,
     staged: bool = False,
 ) -> LayerMemory:
     """What a layer's parameters take.
 
+    XLA's GPU collectives want the dim that they gather first in memory (`GpuLayoutAssignment`), and what a loop gathers
+    is put in that order for all its layers ahead of it.
+
     Args:
         kind: the layer's kind.
         parameters: as planned.
-        owned: input ports of the parameters to account for; another layer does it for tied ones, whose gradients are
-            added up only once each layer has synchronised its own.
+        wiring: the layer's connections. It accounts for the parameters that it owns; another layer does it for other
+            tied ones, whose gradients are added up only once each layer has synchronised its own.
         optimizer: state per parameter.
         staged: whether it is in a pipeline stage.
     """
-    mine = [parameter for parameter in parameters if parameter.port in owned]
+    mine = [parameter for parameter in parameters if parameter.port in wiring.owned]
+    copied = sum(p.storage_bytes for p in mine if staged or (p.turned and wiring.looped))
     dtypes = {parameter.port: parameter_dtype(kind, parameter.port) for parameter in mine}
     return LayerMemory(
         parameter_bytes=sum(parameter.storage_bytes for parameter in mine),
@@ -131,7 +152,7 @@ def parameter_memory(
         gradient_bytes=sum(parameter.accumulator_bytes for parameter in parameters),
         residual_bytes=0,
         workspace_bytes=0,
-        copied_bytes=sum(p.storage_bytes for p in mine) + sum(p.accumulator_bytes for p in parameters) if staged else 0,
+        copied_bytes=copied + (sum(p.accumulator_bytes for p in parameters) if staged else 0),
     )
 
 

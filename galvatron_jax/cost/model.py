@@ -197,7 +197,8 @@ class CostModel:
         compute = self.compute.layer(kind, plan, strategy=strategy, shape=shape)
         there, back = self.held_seconds(wiring, plan, batching)
         state = self.parameter_cost(wiring, plan.parameters)
-        residual, workspace = passing_bytes(plan, held=wiring.held_ports, staged=self.staged)
+        accumulates = batching.num_microbatches > 1
+        residual, workspace = passing_bytes(plan, wiring=wiring, staged=self.staged, accumulates=accumulates)
         return LayerCost(
             forward=PhaseCost(compute.forward_s, self._exposed(plan.forward.collectives, compute.forward_s) + there),
             backward=PhaseCost(compute.backward_s, self._exposed(plan.backward.collectives, compute.backward_s) + back),
@@ -209,7 +210,7 @@ class CostModel:
 
     def parameter_cost(self, wiring: LayerWiring, parameters: tuple[ParameterPlan, ...]) -> ParameterCost:
         """What a layer's parameters cost, whatever the micro-batch."""
-        key = (id(parameters), wiring.kind, wiring.owned)
+        key = (id(parameters), wiring.kind, wiring.owned, wiring.looped)
         if key not in self._parameters:
             kind, owned = self.model.kinds[wiring.kind], wiring.owned
             publish = (c for parameter in parameters if parameter.port in owned for c in parameter.publish)
@@ -218,7 +219,7 @@ class CostModel:
                 self.seconds(fused(c for parameter in parameters for c in parameter.sync))
                 + self.seconds(fused(publish)),
                 traffic / self.update_bytes_per_s,
-                parameter_memory(kind, parameters, owned=owned, optimizer=self.optimizer, staged=self.staged),
+                parameter_memory(kind, parameters, wiring=wiring, optimizer=self.optimizer, staged=self.staged),
             )
             # The parameters are kept, so that no others come to have their identity.
             self._parameters[key] = parameters, found

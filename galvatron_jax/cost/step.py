@@ -150,6 +150,7 @@ def plan_memory(costs: CostModel, strategies: Sequence[LayerStrategy], batching:
             costs.table.plan(wiring.kind, strategy, microbatch=batching.microbatch),
             wiring=wiring,
             optimizer=costs.optimizer,
+            accumulates=batching.num_microbatches > 1,
         )
         for wiring, strategy in zip(costs.wiring.layers, strategies, strict=True)
     ]
@@ -162,6 +163,7 @@ def _memory(costs: CostModel, layers: Sequence[LayerMemory], batching: Batching)
         "parameter_bytes": sum(layer.parameter_bytes for layer in layers),
         "optimizer_bytes": sum(layer.optimizer_bytes for layer in layers) + costs.optimizer.scalar_bytes,
         "gradient_bytes": sum(layer.gradient_bytes for layer in layers),
+        "copied_bytes": sum(layer.copied_bytes for layer in layers),
         "residual_bytes": sum(layer.residual_bytes for layer in layers) + costs.held_bytes(batching),
         "workspace_bytes": max(layer.workspace_bytes for layer in layers),
         "batch_bytes": costs.batch_bytes(batching),

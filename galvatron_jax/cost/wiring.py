@@ -54,6 +54,8 @@ class LayerWiring:
     """Input ports of the parameters that this layer is the first to use: it accounts for their memory."""
     tied: tuple[tuple[str, int], ...]
     """Parameters used by several layers, with this layer's input port: all must agree on their storage."""
+    looped: bool = False
+    """Whether a layer beside it is of its kind: the executor runs such layers in a loop, if their strategies agree."""
 
     @property
     def held_ports(self) -> frozenset[int]:
@@ -120,7 +122,9 @@ def _wire_layer(model: ModelSpec, index: int, producers: dict, readers: dict) ->
         elif reference.startswith(("batch:", "state:")):
             reads.append(Held(port, differentiable=False, batched=reference.startswith("batch:")))
     writes = _writes(layer, kind, index, readers)
-    return LayerWiring(layer.kind, tuple(hops), tuple(reads), writes, tuple(owned), tuple(tied))
+    beside = [model.layers[other].kind for other in (index - 1, index + 1) if 0 <= other < len(model.layers)]
+    looped = layer.kind in beside
+    return LayerWiring(layer.kind, tuple(hops), tuple(reads), writes, tuple(owned), tuple(tied), looped)
 
 
 def _flows(model: ModelSpec, producer: tuple[int, int], kind: LayerKind, port: int) -> bool:

@@ -53,6 +53,8 @@ class Counts:
     """Versions read."""
     through_peaks: tuple[Amount, ...] = ()
     """For the backward of a layer that ends in the loss, of its forward and backward together, one after the other."""
+    unscattered_bytes: int = 0
+    """See `PhasePlan.unscattered_bytes`; parameters do not grow."""
 
     def at(self, microbatch: int, planned_at: int, instructions: tuple = ()) -> PhasePlan:
         """The phase at another micro-batch than the one planned, everything decided alike."""
@@ -69,6 +71,7 @@ class Counts:
             peak_bytes=self.peak_bytes_at(microbatch, planned_at),
             operations=self.operations,
             through_peak_bytes=self.through_peak_bytes_at(microbatch, planned_at),
+            unscattered_bytes=self.unscattered_bytes,
         )
 
     def peak_bytes_at(self, microbatch: int, planned_at: int) -> int:
@@ -124,7 +127,9 @@ class Traffic(NamedTuple):
     read: AbstractSet[Version]
 
 
-def traffic(tallies: Sequence[Tally], handed_on: AbstractSet[Version] = frozenset()) -> Traffic:
+def traffic(
+    tallies: Sequence[Tally], handed_on: AbstractSet[Version] = frozenset(), given: Sequence[Tally] = ()
+) -> Traffic:
     """Bytes that unfused operations read and write, the peaks of live results, and the versions read.
 
     Elementwise operations fuse into their neighbours; what they make moves only when several operations read it.
@@ -132,6 +137,7 @@ def traffic(tallies: Sequence[Tally], handed_on: AbstractSet[Version] = frozense
     Args:
         tallies: of a pass.
         handed_on: versions that stay until its end.
+        given: what is there before it and lives in memory beside what it makes.
     """
     uses = Counter(chain.from_iterable([tally.read for tally in tallies]))
     left = uses.copy()
@@ -145,7 +151,7 @@ def traffic(tallies: Sequence[Tally], handed_on: AbstractSet[Version] = frozense
             moved[1] += moves[1]
         for version in read:
             left[version] -= 1
-    return Traffic((moved[0], moved[1]), largest([(0.0, 0.0), *peaks(tallies, handed_on)]), uses.keys())
+    return Traffic((moved[0], moved[1]), largest([(0.0, 0.0), *peaks([*given, *tallies], handed_on)]), uses.keys())
 
 
 def largest(amounts: Iterable[Amount]) -> tuple[Amount, ...]:

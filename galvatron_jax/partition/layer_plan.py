@@ -43,6 +43,8 @@ class PhasePlan:
     """Operations applied."""
     through_peak_bytes: int = 0
     """For the backward of a layer that ends in the loss: the peak of its forward and backward, one after the other."""
+    unscattered_bytes: int = 0
+    """Of the backward: gradients of parameters before they are spread over ZeRO's axes, whole on each device."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ class ParameterPlan:
     """Once per step, after the last micro-batch."""
     publish: tuple[Collective, ...]
     """Once per step, after the update: gathers of updated parameters (ZeRO 1 and 2)."""
+    turned: bool = False
+    """Whether ZeRO 3 gathers it along another dim than its first: XLA's GPU collectives want that dim first in memory,
+    so that a copy in that order is made of the stored array."""
 
 
 @dataclass(frozen=True)

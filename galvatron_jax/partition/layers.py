@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from galvatron_jax.partition.agreement import Agreement
-from galvatron_jax.partition.counts import Amount, Counts, Tally, largest
+from galvatron_jax.partition.counts import NONE, Amount, Counts, Tally, largest
 from galvatron_jax.partition.instructions import Instruction, Residual, Version
 from galvatron_jax.partition.layer_plan import BoundarySpec, LayerPlan, ParameterPlan
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Step
-from galvatron_jax.partition.liveness import peaks
+from galvatron_jax.partition.liveness import Where, peaks
 from galvatron_jax.partition.parameters import Storage, StoredParameter
 from galvatron_jax.partition.planner import Pass
 from galvatron_jax.partition.ports import Ports
@@ -194,8 +194,8 @@ class _Through:
     """Per kept value, forward's numbers of the versions at hand in backward."""
     operations: int
     """Of backward."""
-    passes: dict[bool, _Passes] = field(default_factory=dict)
-    """To the end, gradients scattered or not."""
+    passes: dict[tuple[bool, bool], _Passes] = field(default_factory=dict)
+    """To the end, gradients scattered or not, work repeated or not."""
 
 
 class _Context:
@@ -302,10 +302,10 @@ class _Context:
     def passes(self, zero: int, remat: Remat) -> _Passes:
         """Both passes. ZeRO 0 and 1 keep gradients as they are made, 2 scatters them, 3 gathers parameters as well."""
         through = self.through(remat, sharded=zero == 3)
-        scatter = zero >= 2
-        if scatter not in through.passes:
-            through.passes[scatter] = self._hand_over(through, sharded=zero == 3, scatter=scatter)
-        return through.passes[scatter]
+        key = scatter, repeats = zero >= 2, remat is not Remat.NONE
+        if key not in through.passes:
+            through.passes[key] = self._hand_over(through, sharded=zero == 3, scatter=scatter, repeats=repeats)
+        return through.passes[key]
 
     def through(self, remat: Remat, *, sharded: bool) -> _Through:
         """Both passes but for what happens to gradients at the end, parameters stored sharded or not."""
@@ -368,7 +368,7 @@ class _Context:
                 backward.hold(port.cotangent, layout)
         return backward, versions
 
-    def _hand_over(self, through: _Through, *, sharded: bool, scatter: bool) -> _Passes:
+    def _hand_over(self, through: _Through, *, sharded: bool, scatter: bool, repeats: bool) -> _Passes:
         """Gradients brought into the layouts in which they leave, and all counted."""
         forward, backward = through.forward, through.backward.fork()
         inputs = self.ports.inputs(sharded=sharded)
@@ -382,7 +382,9 @@ class _Context:
             for version, (_, port, _) in zip(gradients, self.gradients, strict=True)
             if port.role is not PortRole.PARAMETER
         )
-        counts = backward.counts(through.operations, onward)
+        counts = backward.counts(through.operations, onward, self._given(through, repeats=repeats))
+        if scatter:
+            counts = replace(counts, unscattered_bytes=self._unscattered_bytes(backward))
         if any(port.role is PortRole.LOSS for port in self.kind.outputs):
             counts = replace(counts, through_peaks=self._through_peaks(forward, backward, onward))
         kept = tuple(
@@ -422,6 +424,33 @@ class _Context:
             gradient_versions=gradients,
             backward_reads=reads,
         )
+
+    def _given(self, through: _Through, *, repeats: bool) -> list[Tally]:
+        """What backward finds in memory beside all that forward kept: cotangents, and its part of loops' arrays.
+
+        A loop takes each layer's inputs and residuals out of those of all layers. Where backward repeats work, they
+        pass an optimisation barrier (`runtime.execution`), all at once; elsewhere they are taken where they are read.
+        """
+        forward, backward = through.forward, through.backward
+        place = Where.WHOLE if repeats else Where.FUSED
+        roles = (PortRole.ACTIVATION, PortRole.PARAMETER) if repeats else (PortRole.ACTIVATION,)
+        seeds = [port.cotangent for port in self.kind.outputs if port.cotangent is not None]
+        inputs = [port.value for port in self.kind.inputs if port.role in roles]
+        found = [
+            *[((value, 0), backward.local_bytes(value), backward.grows(value), Where.WHOLE) for value in seeds],
+            *[((value, 0), backward.local_bytes(value), backward.grows(value), place) for value in inputs],
+            *[
+                ((value, position), forward.local_bytes(value, number), forward.grows(value), place)
+                for value, numbers in through.versions.items()
+                for position, number in enumerate(numbers)
+            ],
+        ]
+        return [Tally((), ((version, size, grows),), False, NONE, place=where) for version, size, grows, where in found]
+
+    def _unscattered_bytes(self, backward: Pass) -> int:
+        """Local bytes of the parameters' gradients as backward makes them."""
+        made = [gradient for _, port, gradient in self.gradients if port.role is PortRole.PARAMETER]
+        return int(sum(backward.local_bytes(gradient) for gradient in made))
 
     @staticmethod
     def _through_peaks(forward: Pass, backward: Pass, onward: frozenset[Version]) -> tuple[Amount, ...]:

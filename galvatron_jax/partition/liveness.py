@@ -20,13 +20,15 @@ class Where(IntEnum):
 
     SEEN = 0
     """Nowhere: its operand, seen otherwise (a reshape; a transpose, which its reader takes as a layout)."""
-    FUSED = 1
+    TURNED = 1
+    """As `SEEN`, with another dim last: elementwise work that reads it goes on in its operand's order."""
+    FUSED = 2
     """In what reads it, done anew in each reader; in memory where that would not do."""
-    REDUCED = 2
+    REDUCED = 3
     """In memory. Its operands may be fused into it."""
-    WHOLE = 3
+    WHOLE = 4
     """In memory, and so must its operands be: matrix products, collectives, loops."""
-    IN_PLACE = 4
+    IN_PLACE = 5
     """As `WHOLE`, in the memory of its first operand if nothing reads that later."""
 
 
@@ -59,8 +61,9 @@ def peaks(tallies: Sequence[Tally], handed_on: AbstractSet = frozenset()) -> lis
 
     XLA fuses elementwise work into what reads it, and repeats it in several readers where it reads no more than it
     makes (a bfloat16 array, say, for its float32 copy). What matrix products and collectives read is in memory, and so
-    is what a reader could only repeat by keeping more. Results die with their last reader: gradients of parameters at
-    once, since they are written to where they add up.
+    is what a reader could only repeat by keeping more. Elementwise work has one order of dims: what is read in it with
+    something of its size in another order is brought into that one. Results die with their last reader: gradients of
+    parameters at once, since they are written to where they add up.
 
     Args:
         tallies: the program's instructions.
@@ -88,22 +91,37 @@ class _Values:
     """Per instruction."""
     made: list[list[int]] = field(default_factory=list)
     """Per instruction."""
+    reordered: set[int] = field(default_factory=set)
+    """Those that are brought into the order of what they are read with."""
     first: list[int] = field(default_factory=list)
-    """When each is first read by what is really done then; fused work is done in its readers."""
+    """When each is first read by what is really done then; fused work is done in its readers. In half steps: what is
+    fused but in memory is made at an even one, just before the instruction that reads it first, which has the next."""
     last: list[int] = field(default_factory=list)
 
 
 def _number(tallies: Sequence[Tally]) -> _Values:
     values = _Values()
     number, size, maker, readers = values.number, values.size, values.maker, values.readers
+    turned: set[Version] = set()
     for index, tally in enumerate(tallies):
         read, made = [number[version] for version in tally.read if version in number], []
         values.reads.append(read)
         values.made.append(made)
-        if tally.place is Where.SEEN:
+        if tally.place <= Where.TURNED:
             if read:
                 number[tally.made[0][0]] = read[0]
+                if (tally.place is Where.TURNED) != (tally.read[0] in turned):
+                    turned.add(tally.made[0][0])
             continue
+        if turned and tally.place is Where.FUSED and not turned.isdisjoint(tally.read):
+            # Few instructions: those that go on in another order than the program's.
+            largest = max([size[value] for value in read])
+            values.reordered.update(
+                number[version]
+                for version in tally.read
+                if version in number and version not in turned and size[number[version]] == largest
+            )
+            turned.update(version for version, _, _ in tally.made)
         for value in read:
             readers[value].append(index)
         for version, bytes_, grows in tally.made:
@@ -122,7 +140,7 @@ def _stored(tallies: Sequence[Tally], values: _Values, staying: AbstractSet[int]
     stored, roots = [True] * len(size), []
     for value, index in enumerate(values.maker):
         own = (value,)
-        if tallies[index].place is Where.FUSED and value not in staying:
+        if tallies[index].place is Where.FUSED and value not in staying and value not in values.reordered:
             reading, whole = readers[value], False
             for reader in reading:
                 if tallies[reader].place >= Where.WHOLE:
@@ -138,21 +156,24 @@ def _stored(tallies: Sequence[Tally], values: _Values, staying: AbstractSet[int]
 
 
 def _date(tallies: Sequence[Tally], values: _Values, stored: Sequence[bool], staying: AbstractSet[int]) -> None:
-    first, last, made = list(values.maker), list(values.maker), values.made
+    made, end = values.made, 2 * len(tallies)
+    first = [2 * maker + 1 for maker in values.maker]
+    last = list(first)
     for value in range(len(first) - 1, -1, -1):
         reading = values.readers[value]
         if reading:
-            begins, ends = len(tallies), -1
+            begins, ends = end, -1
             for reader in reading:
                 results = made[reader] if tallies[reader].place is Where.FUSED else ()
                 if not results:
-                    begins, ends = min(begins, reader), max(ends, reader)
+                    begins, ends = min(begins, 2 * reader + 1), max(ends, 2 * reader + 1)
                 for result in results:
-                    begins = min(begins, first[result])
-                    ends = max(ends, first[result] if stored[result] else last[result])
+                    done = first[result] & ~1 if stored[result] else None
+                    begins = min(begins, first[result] if done is None else done)
+                    ends = max(ends, last[result] if done is None else done)
             first[value], last[value] = begins, ends
         if value in staying:
-            last[value] = len(tallies)
+            last[value] = end
     values.first, values.last = first, last
 
 
@@ -163,13 +184,19 @@ def _sweep(tallies: Sequence[Tally], values: _Values, stored: Sequence[bool]) ->
     dying: dict[int, list[int]] = defaultdict(list)
     for value, index in enumerate(maker):
         if stored[value]:
-            born[values.first[value] if tallies[index].place is Where.FUSED else index].append(value)
+            fused = tallies[index].place is Where.FUSED
+            born[values.first[value] & ~1 if fused else 2 * index + 1].append(value)
             dying[values.last[value]].append(value)
+    copied = {values.first[v] & ~1: size[v] for v in values.reordered if tallies[maker[v]].place is not Where.FUSED}
     live, found = [0.0, 0.0], []
-    for index, tally in enumerate(tallies):
-        for stays, grows in tally.inner_peaks:
-            found.append((live[0] + stays, live[1] + grows))
-        here, leaving = born.get(index, ()), dying.get(index, ())
+    for step in range(2 * len(tallies)):
+        if step in copied:
+            amount, grows = copied[step]
+            found.append((live[0] + (0.0 if grows else amount), live[1] + (amount if grows else 0.0)))
+        if step % 2:
+            for stays, grows in tallies[step // 2].inner_peaks:
+                found.append((live[0] + stays, live[1] + grows))
+        here, leaving = born.get(step, ()), dying.get(step, ())
         free = [size[value] for value in leaving if value not in here]
         for value in here:
             amount, grows = size[value]

@@ -118,8 +118,15 @@ class Storage:
             accumulator_bytes=self._bytes(frame, held, size),
             sync=collectives(sync, size, dtype),
             publish=collectives(publish, size, dtype),
+            turned=self._turned(value, frame, stored),
         )
         return StoredParameter(plan, sync, publish)
+
+    def _turned(self, value: int, frame: Frame, stored: Layout) -> bool:
+        """Whether some axis gathers a stored parameter along another dim than the first of more than one element."""
+        first = next((position for position, size in enumerate(frame.sizes) if size > 1), 0)
+        whole = self.layout(value, sharded=False)
+        return any(now != then and now > first for now, then in zip(stored, whole, strict=True))
 
     def _bytes(self, frame: Frame, layout: Layout, size: int) -> int:
         total = math.prod(frame.sizes) * size

@@ -63,15 +63,18 @@ class Pass:
             grows += flops[1]
         return stays, grows
 
-    def counts(self, operations: int, handed_on: AbstractSet[Version] = frozenset()) -> Counts:
+    def counts(
+        self, operations: int, handed_on: AbstractSet[Version] = frozenset(), given: Sequence[Tally] = ()
+    ) -> Counts:
         """What the pass counts for so far.
 
         Args:
             operations: how many of the program's were applied.
             handed_on: versions that stay until its end.
+            given: what is there before it and lives in memory beside what it makes.
         """
         tallies = self.tallies
-        moved, peaks, read = traffic(tallies, handed_on)
+        moved, peaks, read = traffic(tallies, handed_on, given)
         return Counts(all_sent(tallies), self.flops, moved, peaks, operations, read)
 
     def grows(self, value: int) -> bool:

@@ -84,4 +84,5 @@ def _counts(phase: PhasePlan) -> Counts:
         peaks=((phase.peak_bytes, 0.0),),
         operations=phase.operations,
         through_peaks=((phase.through_peak_bytes, 0.0),) if phase.through_peak_bytes else (),
+        unscattered_bytes=phase.unscattered_bytes,
     )

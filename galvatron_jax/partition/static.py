@@ -146,7 +146,8 @@ def prepare(program: Program) -> StaticProgram:
                 index, op.primitive, tuple(op.operands), tuple(op.results), factors, op.linearity, op.combine,
                 op.elementwise, op.flops_per_point, op.known, op.barrier, op.primitive in _FREE, op.loop,
                 prepare(op.bodies[0]) if op.loop is not None else None,
-                _asks(op, factors, positions, len(roles)), _scatter_rows(op.primitive, factors), _place(op),
+                _asks(op, factors, positions, len(roles)), _scatter_rows(op.primitive, factors),
+                _place(op, factors, positions),
             )
         )  # fmt: skip
     return StaticProgram(
@@ -170,9 +171,9 @@ def _asks(
     return frozenset(f.factor for f in factors).union(*(positions[value] for value in op.results[:1]))
 
 
-def _place(op: Operation) -> Where:
+def _place(op: Operation, factors: Sequence[StaticFactor], positions: Sequence[tuple[int, ...]]) -> Where:
     if op.primitive in _SEEN:
-        return Where.SEEN
+        return Where.TURNED if op.primitive == "transpose" and _turns(op, factors, positions) else Where.SEEN
     if op.elementwise or op.primitive in _FREE or op.primitive in _FUSED:
         return Where.FUSED
     if op.primitive.startswith("scatter") or op.primitive == "dynamic_update_slice":
@@ -276,3 +277,9 @@ def prepare_kind(kind: LayerKind) -> StaticKind:
         found = _PREPARED[id(kind)] = _prepare_kind(kind.model_copy())
         weakref.finalize(kind, _PREPARED.pop, id(kind), None)
     return found
+
+
+def _turns(op: Operation, factors: Sequence[StaticFactor], positions: Sequence[tuple[int, ...]]) -> bool:
+    """Whether a transpose's last dim is not that of its operand."""
+    ends = len(positions[op.operands[0]]) - 1, len(positions[op.results[0]]) - 1
+    return all((factor.operands[0], factor.results[0]) != ends for factor in factors)

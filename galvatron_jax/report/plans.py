@@ -216,7 +216,7 @@ def _memory_parts(memory: MemoryBreakdown) -> list[tuple[str, int]]:
         ("parameters", memory.parameter_bytes),
         ("optimizer state", memory.optimizer_bytes),
         ("gradients", memory.gradient_bytes),
-        *([("copies out of a stage's flat arrays", memory.copied_bytes)] if memory.copied_bytes else []),
+        *([("copies of parameters", memory.copied_bytes)] if memory.copied_bytes else []),
         ("activations kept for backward", memory.residual_bytes),
         ("workspace of the largest layer", memory.workspace_bytes),
         ("batch", memory.batch_bytes),

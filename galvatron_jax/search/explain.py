@@ -20,7 +20,7 @@ _MEMORY_PARTS = {
     "parameter_bytes": "parameters",
     "optimizer_bytes": "optimizer state",
     "gradient_bytes": "gradients",
-    "copied_bytes": "copies in a stage",
+    "copied_bytes": "copies of parameters",
     "residual_bytes": "activations",
     "workspace_bytes": "workspace",
     "batch_bytes": "batch",

@@ -88,8 +88,8 @@ class MemoryBreakdown(Record):
     workspace_bytes: int
     """Temporaries of the largest layer: gathered weights, logits."""
     copied_bytes: int = 0
-    """In a pipeline: the stage's parameters taken out of the flat arrays in which they are stored, and the gradients of
-    one micro-batch before they are added up."""
+    """Parameters once more: under ZeRO 3 in the order in which they are gathered; in a pipeline taken out of the flat
+    arrays in which a stage stores them, there with the gradients of one micro-batch before they are added up."""
     batch_bytes: int = 0
     state_bytes: int = 0
     """Random keys and counters, batch statistics, the number of the step."""

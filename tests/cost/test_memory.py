@@ -1,9 +1,12 @@
 """What layers keep and work with, from its parts."""
 
+from dataclasses import replace
+
 import pytest
 
-from galvatron_jax.cost.memory import OptimizerMemory, parameter_memory, passing
+from galvatron_jax.cost.memory import OptimizerMemory, parameter_memory, passing, passing_bytes
 from galvatron_jax.cost.pipeline import residuals_kept
+from galvatron_jax.cost.wiring import wire
 from galvatron_jax.partition.layers import plan_layer
 from galvatron_jax.partition.series import LayerSeries
 from galvatron_jax.spec.model import PortRole
@@ -55,14 +58,43 @@ def test_kept_inputs_are_part_of_the_residuals_and_all_of_them_under_full_remate
 @pytest.mark.standard_promotion
 def test_a_stage_holds_copies_of_its_parameters_and_one_more_set_of_gradients() -> None:
     kind, plan = planned("gpt2", 1)
-    owned = tuple(parameter.port for parameter in plan.parameters)
+    wiring = wire(traced("gpt2").spec).layers[1]
     one, staged = (
-        parameter_memory(kind, plan.parameters, owned=owned, optimizer=OptimizerMemory(), staged=staged)
+        parameter_memory(kind, plan.parameters, wiring=wiring, optimizer=OptimizerMemory(), staged=staged)
         for staged in (False, True)
     )
     assert one.copied_bytes == 0
     assert staged.copied_bytes == one.parameter_bytes + one.gradient_bytes > 0
     assert staged.static_bytes == one.static_bytes + staged.copied_bytes
+
+
+@pytest.mark.standard_promotion
+def test_a_loop_holds_what_zero_3_gathers_in_the_order_of_its_gathers_once_more() -> None:
+    kind, plan = planned("gpt2", 1, LayerStrategy(dp=("a", "b", "c"), zero=3))
+    wiring = wire(traced("gpt2").spec).layers[1]
+    assert wiring.looped
+    found = parameter_memory(kind, plan.parameters, wiring=wiring, optimizer=OptimizerMemory())
+    turned = [p for p in plan.parameters if any(any(axes) for dim in p.storage[1:] for axes in dim)]
+    assert 0 < len(turned) < len(plan.parameters)
+    assert found.copied_bytes == sum(p.storage_bytes for p in turned)
+    alone = parameter_memory(kind, plan.parameters, wiring=replace(wiring, looped=False), optimizer=OptimizerMemory())
+    assert alone.copied_bytes == 0
+    _, whole = planned("gpt2", 1, LayerStrategy(dp=("a", "b", "c"), zero=2))
+    assert not any(p.turned for p in whole.parameters)
+
+
+@pytest.mark.standard_promotion
+def test_a_loop_backward_holds_the_gradients_of_two_layers_that_are_to_be_scattered() -> None:
+    wiring = wire(traced("gpt2").spec).layers[1]
+    for zero in (1, 2, 3):
+        _, plan = planned("gpt2", 1, LayerStrategy(dp=("a", "b", "c"), zero=zero))
+        _, work = passing_bytes(plan, wiring=wiring, staged=False, accumulates=True)
+        _, late = passing_bytes(plan, wiring=wiring, staged=False, accumulates=False)
+        _, staged = passing_bytes(plan, wiring=wiring, staged=True, accumulates=True)
+        _, alone = passing_bytes(plan, wiring=replace(wiring, looped=False), staged=False, accumulates=False)
+        whole = sum(p.accumulator_bytes for p in planned("gpt2", 1)[1].parameters) if zero > 1 else 0
+        assert late - work == staged - work == whole
+        assert alone == work
 
 
 def test_a_pool_of_residuals_has_one_more_micro_batch_outside() -> None:
