@@ -46,8 +46,9 @@ def predicted(pair: Pair, traced: Traced) -> dict[str, int]:
     plan = pair.plan(len(traced.spec.layers), traced.spec.name)
     memory = optimizer_memory(OPTIMIZER, traced.spec)
     cluster = cluster_preset(f"h100x{pair.devices}")
-    found = price_plan(traced.spec, plan, cluster=cluster, optimizer=memory).largest
-    return {"argument_bytes": found.argument_bytes, **found.model_dump()}
+    prediction = price_plan(traced.spec, plan, cluster=cluster, optimizer=memory)
+    found = max(prediction.memory, key=lambda group: group.peak_bytes)
+    return {"peak_bytes": found.peak_bytes, "argument_bytes": found.argument_bytes, **found.model_dump()}
 
 
 def compiled(pair: Pair, traced: Traced) -> dict[str, Any]:
@@ -75,19 +76,22 @@ def row(pair: Pair, known: dict[str, dict[str, Any]], found: Path | None) -> dic
             with found.open("a") as file:
                 file.write(json.dumps({"pair": pair.name, **figures}) + "\n")
     parts = predicted(pair, traced)
-    error = parts["total_bytes"] / figures["peak_bytes"] - 1
+    error = parts["peak_bytes"] / figures["peak_bytes"] - 1
     return {"pair": pair.name, "devices": pair.devices, "pp": pair.pp, **figures, "predicted": parts, "error": error}
 
 
 def shown(line: dict[str, Any]) -> str:
     """A line as people read it."""
     parts = line["predicted"]
-    named = {"gradients": "gradient", "kept for backward": "residual", "workspace": "workspace"}
+    named = {
+        "gradients": "gradient", "kept for backward": "residual", "workspace": "workspace", "copies": "copied",
+        "for other stages": "reserved",
+    }  # fmt: skip
     pieces = ", ".join(f"{name} {format_bytes(parts[f'{part}_bytes'])}" for name, part in named.items())
     exact = "" if parts["argument_bytes"] == line["argument_bytes"] else "  ARGUMENTS DIFFER"
     return (
         f"{line['pair']}: peak {format_bytes(line['peak_bytes'])} (arguments {format_bytes(line['argument_bytes'])}, "
-        f"temporary {format_bytes(line['temporary_bytes'])}), predicted {format_bytes(parts['total_bytes'])} "
+        f"temporary {format_bytes(line['temporary_bytes'])}), predicted {format_bytes(parts['peak_bytes'])} "
         f"({pieces}): {line['error']:+.1%}{exact}"
     )
 

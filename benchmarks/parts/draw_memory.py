@@ -25,7 +25,7 @@ def draw(record: Path) -> None:
         ("pipelines", "^", [row for row in rows if row["pp"] > 1]),
     ):
         peaks = [row["peak_bytes"] / GIB for row in some]
-        axes.scatter(peaks, [row["predicted"]["total_bytes"] / GIB for row in some], marker=mark, label=label)
+        axes.scatter(peaks, [row["predicted"]["peak_bytes"] / GIB for row in some], marker=mark, label=label)
     ends = [min(row["peak_bytes"] for row in rows) / GIB, max(row["peak_bytes"] for row in rows) / GIB]
     axes.plot(ends, ends, color="black", linewidth=0.8)
     axes.fill_between(ends, [0.9 * x for x in ends], [1.1 * x for x in ends], alpha=0.15, label="within 10 %")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,8 @@ from galvatron_jax.partition.layer_plan import LayerPlan, ParameterPlan
 from galvatron_jax.spec.model import LayerKind
 
 SAME = "same"
+Flat = tuple[int, str]
+"""A flat array of a pipeline's state: slot of the optimizer, -1 for parameters; dtype."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,20 @@ class OptimizerMemory:
         """
         count = optimizer_bytes // itemsize(dtype)
         return sum(count * itemsize(dtype if slot == SAME else slot) for slot in self.param_like_slots)
+
+    def state_bytes(self, storage_bytes: int, optimizer_bytes: int, dtype: str) -> Counter[Flat]:
+        """Bytes of one parameter and of its slots, by flat array of a pipeline's state.
+
+        Args:
+            storage_bytes: of the parameter as stored.
+            optimizer_bytes: of one array of its dtype in the optimizer's layout.
+            dtype: the parameter's.
+        """
+        found: Counter[Flat] = Counter({(-1, dtype): storage_bytes})
+        for number, slot in enumerate(self.param_like_slots):
+            held = dtype if slot == SAME else slot
+            found[number, held] += optimizer_bytes // itemsize(dtype) * itemsize(held)
+        return found
 
 
 @dataclass(frozen=True)
@@ -154,6 +171,30 @@ def parameter_memory(
         workspace_bytes=0,
         copied_bytes=copied + (sum(p.accumulator_bytes for p in parameters) if staged else 0),
     )
+
+
+def stored_bytes(
+    kind: LayerKind, parameters: Sequence[ParameterPlan], *, owned: tuple[int, ...], optimizer: OptimizerMemory
+) -> tuple[Counter[Flat], Counter[str]]:
+    """Bytes of a layer in the flat arrays of a pipeline stage: of its state, and of its accumulated gradients.
+
+    Args:
+        kind: the layer's kind.
+        parameters: as planned.
+        owned: input ports of those that are stored for it.
+        optimizer: state per parameter.
+
+    Returns:
+        State by slot and dtype, parameters being slot -1; gradients by dtype.
+    """
+    state: Counter[Flat] = Counter()
+    gradients: Counter[str] = Counter()
+    for parameter in parameters:
+        dtype = parameter_dtype(kind, parameter.port)
+        gradients[dtype] += parameter.accumulator_bytes
+        if parameter.port in owned:
+            state.update(optimizer.state_bytes(parameter.storage_bytes, parameter.optimizer_bytes, dtype))
+    return state, gradients
 
 
 def update_traffic_bytes(

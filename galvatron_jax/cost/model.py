@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -9,6 +10,7 @@ from typing import Protocol
 from galvatron_jax.cost.compute import Compute, compute_for, local_shape
 from galvatron_jax.cost.links import Links, links_for
 from galvatron_jax.cost.memory import (
+    Flat,
     LayerMemory,
     OptimizerMemory,
     parameter_memory,
@@ -299,6 +301,13 @@ class CostModel:
         total = sum(size for size, _ in sizes)
         slots = sum(self.optimizer.slot_bytes(size, dtype) for size, dtype in sizes)
         return LayerMemory(total, slots, total, residual_bytes=0, workspace_bytes=0)
+
+    def unread_state(self) -> Counter[Flat]:
+        """The same in a pipeline's flat arrays; see `memory.stored_bytes`."""
+        found: Counter[Flat] = Counter()
+        for parameter in self.wiring.unread:
+            found.update(self.optimizer.state_bytes(whole_bytes(parameter), whole_bytes(parameter), parameter.dtype))
+        return found
 
     def _sum_bytes(
         self, places: tuple[tuple[int, int], ...], examples: int, axes: tuple[str, ...], *, side: str

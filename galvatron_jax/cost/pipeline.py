@@ -8,10 +8,11 @@ of devices does once a step: gradient synchronisation (parameters that stages sh
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from galvatron_jax.cost.memory import LayerMemory
+from galvatron_jax.cost.memory import Flat, LayerMemory, stored_bytes
 from galvatron_jax.cost.model import Batching, CostModel, LayerCost
 from galvatron_jax.cost.schedules import in_flight, makespan, recomputes, tick_kinds
 from galvatron_jax.cost.sizes import batch_spec, local_bytes, value_dims
@@ -184,7 +185,7 @@ def predict_pipeline(
     step = ticks + max(sum(stage.once_s for stage in group) for group in groups)
     return Prediction(
         time=_breakdown(step, stages, count, degree),
-        memory=tuple(_group_memory(costs, group, batching) for group in groups),
+        memory=_memory(costs, groups, batching),
         stages=tuple(StageTime(forward_s=s.forward_s, backward_s=s.backward_s, once_s=s.once_s) for s in stages),
         memory_budget_bytes=memory_bytes,
         provenance=costs.provenance,
@@ -202,8 +203,13 @@ class _Stage:
     synchronisation_s: float
     update_s: float
     memory: tuple[LayerMemory, ...]
-    kept_bytes: int
-    """Stage inputs in flight, residuals in flight or held values."""
+    state: Counter[Flat]
+    """See `memory.stored_bytes`."""
+    gradients: Counter[str]
+    pooled_bytes: int
+    """In slots: stage inputs in flight, residuals in flight."""
+    outside_bytes: int
+    """Residuals outside of the slots, or held values."""
     recomputed_bytes: int
     """Residuals of the micro-batch whose backward runs."""
 
@@ -239,12 +245,13 @@ class _Priced:
             compute += sum(layer.forward.compute_s for layer in layers)
             forward = 0.0 if last else forward
         flying = pipelining.in_flight(self.batching.num_microbatches)[number]
-        kept = flying * cuts[start].bytes if start else 0
+        pooled = flying * cuts[start].bytes if start else 0
         residual = sum(layer.memory.residual_bytes for layer in layers)
         made = sum(held.bytes for held in held_values(costs, self.batching) if start <= held.producer < stop)
         again = residual if pipelining.recomputes else 0
         held = residuals_kept(flying, recomputes=pipelining.recomputes)
-        kept += made if pipelining.recomputes else held * (residual + made)
+        outside = made if pipelining.recomputes else residual + made
+        state, gradients = self._stored(start, stop)
         return _Stage(
             forward,
             backward,
@@ -252,17 +259,35 @@ class _Priced:
             sum(layer.synchronisation_s for layer in layers) + self._exchanges(start, stop),
             sum(layer.update_s for layer in layers),
             tuple(layer.memory for layer in layers),
-            kept,
+            state,
+            gradients,
+            pooled + (held - 1) * outside,
+            outside,
             again,
         )
 
+    def _stored(self, start: int, stop: int) -> tuple[Counter[Flat], Counter[str]]:
+        """What its flat arrays hold."""
+        costs = self.costs
+        state: Counter[Flat] = Counter()
+        gradients: Counter[str] = Counter()
+        for index in range(start, stop):
+            wiring, kind = self._wiring(index, start), costs.model.kinds[costs.wiring.layers[index].kind]
+            parameters = costs.plan(index, self.strategies[index], self.batching).parameters
+            own = stored_bytes(kind, parameters, owned=wiring.owned, optimizer=costs.optimizer)
+            state.update(own[0])
+            gradients.update(own[1])
+        return state, gradients
+
     def _layer(self, index: int, start: int) -> LayerCost:
+        return self.costs.layer_cost(self._wiring(index, start), self.strategies[index], self.batching)
+
+    def _wiring(self, index: int, start: int) -> LayerWiring:
         first, repeat = stage_wirings(self.costs.wiring.layers[index])
         earlier = any(
             index in users and any(start <= user < index for user in users) for users in tied_users(self.costs).values()
         )
-        wiring = repeat if earlier and repeat is not None else first
-        return self.costs.layer_cost(wiring, self.strategies[index], self.batching)
+        return repeat if earlier and repeat is not None else first
 
     def _moves(self, start: int, stop: int) -> list[tuple[float, float]]:
         costs = self.costs
@@ -314,6 +339,38 @@ def _breakdown(step_s: float, stages: Sequence[_Stage], count: int, degree: int)
     )
 
 
+def _memory(costs: CostModel, groups: Sequence[Sequence[_Stage]], batching: Batching) -> tuple[MemoryBreakdown, ...]:
+    """Memory of each group of devices, and what each has beside for the others' sake.
+
+    One program runs on all devices: XLA plans one heap for it, in which programs of stages take turns, and flat arrays
+    are as long as the longest group's (`runtime.packing`). Parameters that nothing reads lie in the first group.
+    """
+    found = [_group_memory(costs, group, batching) for group in groups]
+    states = [sum((stage.state for stage in group), Counter()) for group in groups]
+    states[0].update(costs.unread_state())
+    state = _longest(states) + costs.optimizer.scalar_bytes
+    gradients = [sum((stage.gradients for stage in group), Counter()) for group in groups]
+    pools = [sum(stage.pooled_bytes for stage in group) for group in groups]
+    passing = [
+        m.copied_bytes + m.residual_bytes - pool + m.workspace_bytes for m, pool in zip(found, pools, strict=True)
+    ]
+    step = _longest(gradients) + max(pools) + max(passing)
+    return tuple(
+        memory.model_copy(
+            update={
+                "padded_bytes": state - memory.parameter_bytes - memory.optimizer_bytes,
+                "reserved_bytes": step - own.total() - pool - temporary,
+            }
+        )
+        for memory, own, pool, temporary in zip(found, gradients, pools, passing, strict=True)
+    )
+
+
+def _longest(groups: Sequence[Counter]) -> int:
+    """Bytes of flat arrays that have the length of the longest group's, on every device."""
+    return sum(max(group[name] for group in groups) for name in set().union(*groups))
+
+
 def _group_memory(costs: CostModel, stages: Sequence[_Stage], batching: Batching) -> MemoryBreakdown:
     unread = costs.unread_memory()
     layers = [*(memory for stage in stages for memory in stage.memory), unread]
@@ -324,7 +381,7 @@ def _group_memory(costs: CostModel, stages: Sequence[_Stage], batching: Batching
         "optimizer_bytes": sum(layer.optimizer_bytes for layer in layers) + costs.optimizer.scalar_bytes,
         "gradient_bytes": sum(layer.gradient_bytes for layer in layers),
         "copied_bytes": sum(layer.copied_bytes for layer in layers),
-        "residual_bytes": sum(stage.kept_bytes for stage in stages) + passing.recomputed_bytes,
+        "residual_bytes": sum(s.pooled_bytes + s.outside_bytes for s in stages) + passing.recomputed_bytes,
         "workspace_bytes": max(memory.workspace_bytes for memory in passing.memory),
         "batch_bytes": costs.batch_bytes(batching),
         "state_bytes": costs.state_bytes(),

@@ -39,7 +39,7 @@ class Recorded:
     @property
     def predicted_bytes(self) -> int | None:
         """Peak bytes of a device, as predicted."""
-        return None if self.run.prediction is None else self.run.prediction.largest.total_bytes
+        return None if self.run.prediction is None else self.run.prediction.peak_bytes
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def run_facts(run: Run) -> Group:
     if run.prediction is not None:
         ratio = run.step_s / run.prediction.time.step_s
         rows.append(("", f"{format_seconds(run.prediction.time.step_s)} predicted, {ratio:.2f} × that"))
-        rows.append(("memory", f"{format_bytes(run.prediction.largest.total_bytes)} predicted"))
+        rows.append(("memory", f"{format_bytes(run.prediction.peak_bytes)} predicted"))
     if run.peak_memory_bytes is not None:
         rows.append(("", f"{format_bytes(run.peak_memory_bytes)} measured"))
     return facts(f"Run of {run.model} on {run.num_devices} × {run.device}, {run.date}", rows)

@@ -25,7 +25,8 @@ def verification_report(found: Verification) -> Iterator[RenderableType]:
 def memory_check_table(found: Verification) -> Group:
     """Bytes of the device that needs most, as predicted and as compiled."""
     memory, predicted = found.memory, found.prediction.largest
-    rest = predicted.total_bytes - predicted.argument_bytes
+    peak = found.prediction.peak_bytes
+    rest = peak - predicted.argument_bytes
     table = Table()
     table.add_column("part")
     for name in ("predicted", "compiled", "predicted / compiled − 1"):
@@ -37,7 +38,7 @@ def memory_check_table(found: Verification) -> Group:
     for name, first, second in rows:
         table.add_row(name, format_bytes(first), format_bytes(second), _difference(first, second))
     table.add_section()
-    whole = predicted.total_bytes, memory.peak_bytes
+    whole = peak, memory.peak_bytes
     table.add_row("peak", *map(format_bytes, whole), _difference(*whole), style="bold")
     budget = format_bytes(found.budget_bytes)
     verdict = "fits" if found.fits else "DOES NOT FIT"
@@ -93,7 +94,7 @@ def verified_table(found: Sequence[Verification]) -> Group:
             str(number + 1),
             format_seconds(one.prediction.time.step_s),
             format_seconds(one.replay.seconds),
-            format_bytes(one.prediction.largest.total_bytes),
+            format_bytes(one.prediction.peak_bytes),
             format_bytes(one.memory.peak_bytes),
             "fits" if one.fits else "does not fit: dropped",
         )

@@ -93,11 +93,22 @@ class MemoryBreakdown(Record):
     batch_bytes: int = 0
     state_bytes: int = 0
     """Random keys and counters, batch statistics, the number of the step."""
+    padded_bytes: int = 0
+    """In a pipeline, beside the total: by how much the flat arrays of the state are longer than these stages need, for
+    they have the length of the longest group's on every device."""
+    reserved_bytes: int = 0
+    """The same of what a step holds in between: one program runs on all devices, and its memory is as large as the
+    largest gradients, slots and temporaries of any group."""
 
     @property
     def argument_bytes(self) -> int:
         """What one device hands to a train step: the state between steps, and its share of the global batch."""
-        return self.parameter_bytes + self.optimizer_bytes + self.state_bytes + self.batch_bytes
+        return self.parameter_bytes + self.optimizer_bytes + self.padded_bytes + self.state_bytes + self.batch_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """What the compiled program needs on every device; the total is what these stages alone would."""
+        return self.total_bytes + self.padded_bytes + self.reserved_bytes
 
 
 class Prediction(Record):
@@ -116,6 +127,11 @@ class Prediction(Record):
     def largest(self) -> MemoryBreakdown:
         """Memory of the group of devices that needs most."""
         return max(self.memory, key=lambda memory: memory.total_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """What the compiled program needs on every device; see `MemoryBreakdown.peak_bytes`."""
+        return max(memory.peak_bytes for memory in self.memory)
 
 
 class Plan(Document):

@@ -90,4 +90,4 @@ class Verification:
     @property
     def memory_error(self) -> float:
         """Predicted over compiled peak, less one."""
-        return self.prediction.largest.total_bytes / self.memory.peak_bytes - 1.0
+        return self.prediction.peak_bytes / self.memory.peak_bytes - 1.0

@@ -41,7 +41,7 @@ def test_the_pairs_cover_models_dtypes_strategies_schedules_and_sizes(module) ->
 def line(peak: int, total: int, *, pp: int = 1, arguments: int = 5) -> dict:
     return {
         "pp": pp, "peak_bytes": peak, "argument_bytes": 5, "error": total / peak - 1,
-        "predicted": {"total_bytes": total, "argument_bytes": arguments},
+        "predicted": {"peak_bytes": total, "argument_bytes": arguments},
     }  # fmt: skip
 
 

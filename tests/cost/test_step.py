@@ -90,8 +90,14 @@ def test_a_pipeline_is_priced_by_its_schedule() -> None:
     assert [len(found.stages), len(found.memory)] == [2, 2]
     assert found.time.bubble_s > 0
     assert found.time.step_s > 4 * max(stage.forward_s + stage.backward_s for stage in found.stages)
+    beside = {"total_bytes", "padded_bytes", "reserved_bytes"}
     for memory in found.memory:
-        assert memory.total_bytes == sum(memory.model_dump(exclude={"total_bytes"}).values())
+        assert memory.total_bytes == sum(memory.model_dump(exclude=beside).values())
+    # One program runs on all devices.
+    assert len({memory.peak_bytes for memory in found.memory}) == 1
+    assert len({memory.argument_bytes for memory in found.memory}) == 1
+    assert found.peak_bytes >= found.largest.total_bytes
+    assert any(memory.reserved_bytes > 0 for memory in found.memory)
 
 
 def test_stages_that_disagree_on_a_tied_parameter_are_refused() -> None:

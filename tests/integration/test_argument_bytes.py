@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +14,13 @@ from flax import nnx
 from galvatron_jax.api.optimizer import optimizer_memory
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.planner import default_planner
-from galvatron_jax.cost.step import plan_memory
+from galvatron_jax.cost.step import plan_memory, price_plan
 from galvatron_jax.runtime.step import Step, build_step
+from galvatron_jax.spec.plan import Schedule
 from galvatron_jax.spec.presets import cluster_preset
 from galvatron_jax.trace.model import trace
 from tests.runtime.matrix import CYCLES, MICROBATCH, PLANS, Case, plan_of, traced
+from tests.runtime.pipelines import MIXES, PipelineCase
 
 from .budgets import BUDGETS, MODEL, OPTIMIZER, chosen
 
@@ -73,6 +77,26 @@ def test_the_arguments_of_a_plan_are_those_of_the_compiled_step(case: Case) -> N
 def test_the_arguments_are_exact_for_other_optimizers(name: str) -> None:
     step = Case("plain_mlp", "zeros").build(OPTIMIZERS[name])
     assert predicted_bytes(step) == compiled_bytes(step)
+
+
+STAGED = {"swin": optax.adamw(1e-3), "llama": optax.lion(1e-3, mu_dtype=jnp.bfloat16)}
+"""Optimizer by model; one has slots of another dtype than the parameters."""
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("mix", MIXES[2])
+@pytest.mark.parametrize("model", STAGED)
+def test_the_arguments_of_stages_are_the_flat_arrays_of_the_longest(model: str, mix: str) -> None:
+    step = PipelineCase(model, 2, Schedule.ONE_F_ONE_B, mix).build(STAGED[model])
+    spec = step.traced.spec
+    found = price_plan(
+        spec, step.plan, cluster=cluster_preset("h100x8"), optimizer=optimizer_memory(step.optimizer, spec)
+    )
+    held = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves((step.state_shapes, step.batch_shapes))
+    )
+    assert {memory.argument_bytes for memory in found.memory} == {held}
 
 
 class WithSpares(nnx.Module):
