@@ -128,7 +128,10 @@ class Traffic(NamedTuple):
 
 
 def traffic(
-    tallies: Sequence[Tally], handed_on: AbstractSet[Version] = frozenset(), given: Sequence[Tally] = ()
+    tallies: Sequence[Tally],
+    handed_on: AbstractSet[Version] = frozenset(),
+    given: Sequence[Tally] = (),
+    at_once: AbstractSet[Version] = frozenset(),
 ) -> Traffic:
     """Bytes that unfused operations read and write, the peaks of live results, and the versions read.
 
@@ -138,6 +141,7 @@ def traffic(
         tallies: of a pass.
         handed_on: versions that stay until its end.
         given: what is there before it and lives in memory beside what it makes.
+        at_once: versions of fused work that is done with the product it reads.
     """
     uses = Counter(chain.from_iterable([tally.read for tally in tallies]))
     left = uses.copy()
@@ -151,7 +155,9 @@ def traffic(
             moved[1] += moves[1]
         for version in read:
             left[version] -= 1
-    return Traffic((moved[0], moved[1]), largest([(0.0, 0.0), *peaks([*given, *tallies], handed_on)]), uses.keys())
+    return Traffic(
+        (moved[0], moved[1]), largest([(0.0, 0.0), *peaks([*given, *tallies], handed_on, at_once)]), uses.keys()
+    )
 
 
 def largest(amounts: Iterable[Amount]) -> tuple[Amount, ...]:

@@ -382,7 +382,9 @@ class _Context:
             for version, (_, port, _) in zip(gradients, self.gradients, strict=True)
             if port.role is not PortRole.PARAMETER
         )
-        counts = backward.counts(through.operations, onward, self._given(through, repeats=repeats))
+        # XLA converts a weight's gradient in the product that makes it, however long it then waits to be scattered.
+        weights = frozenset((value, 0) for _, port, value in self.gradients if port.role is PortRole.PARAMETER)
+        counts = backward.counts(through.operations, onward, self._given(through, repeats=repeats), weights)
         if scatter:
             counts = replace(counts, unscattered_bytes=self._unscattered_bytes(backward))
         if any(port.role is PortRole.LOSS for port in self.kind.outputs):

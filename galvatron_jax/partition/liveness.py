@@ -56,7 +56,9 @@ def needed(instructions: Sequence[Instruction], versions: Iterable[Version]) -> 
     return tuple(kept[::-1])
 
 
-def peaks(tallies: Sequence[Tally], handed_on: AbstractSet = frozenset()) -> list[Amount]:
+def peaks(
+    tallies: Sequence[Tally], handed_on: AbstractSet = frozenset(), at_once: AbstractSet = frozenset()
+) -> list[Amount]:
     """Bytes in memory during a program, inputs excluded, whenever something is made.
 
     XLA fuses elementwise work into what reads it, and repeats it in several readers where it reads no more than it
@@ -68,10 +70,12 @@ def peaks(tallies: Sequence[Tally], handed_on: AbstractSet = frozenset()) -> lis
     Args:
         tallies: the program's instructions.
         handed_on: versions that stay until its end.
+        at_once: versions of fused work that is done with the product it reads, not with what reads it.
     """
     values = _number(tallies)
     if not values.size:
         return [amount for tally in tallies for amount in tally.inner_peaks]
+    values.at_once = {values.number[v] for v in at_once if v in values.number}
     stored = _stored(tallies, values, {values.number[v] for v in handed_on if v in values.number})
     return _sweep(tallies, values, stored)
 
@@ -93,6 +97,8 @@ class _Values:
     """Per instruction."""
     reordered: set[int] = field(default_factory=set)
     """Those that are brought into the order of what they are read with."""
+    at_once: set[int] = field(default_factory=set)
+    """See `peaks`."""
     first: list[int] = field(default_factory=list)
     """When each is first read by what is really done then; fused work is done in its readers. In half steps: what is
     fused but in memory is made at an even one, just before the instruction that reads it first, which has the next."""
@@ -171,7 +177,9 @@ def _date(tallies: Sequence[Tally], values: _Values, stored: Sequence[bool], sta
                     done = first[result] & ~1 if stored[result] else None
                     begins = min(begins, first[result] if done is None else done)
                     ends = max(ends, last[result] if done is None else done)
-            first[value], last[value] = begins, ends
+            if value not in values.at_once:
+                first[value] = begins
+            last[value] = ends
         if value in staying:
             last[value] = end
     values.first, values.last = first, last

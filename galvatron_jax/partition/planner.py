@@ -64,7 +64,11 @@ class Pass:
         return stays, grows
 
     def counts(
-        self, operations: int, handed_on: AbstractSet[Version] = frozenset(), given: Sequence[Tally] = ()
+        self,
+        operations: int,
+        handed_on: AbstractSet[Version] = frozenset(),
+        given: Sequence[Tally] = (),
+        at_once: AbstractSet[Version] = frozenset(),
     ) -> Counts:
         """What the pass counts for so far.
 
@@ -72,9 +76,10 @@ class Pass:
             operations: how many of the program's were applied.
             handed_on: versions that stay until its end.
             given: what is there before it and lives in memory beside what it makes.
+            at_once: versions of fused work that is done with the product it reads.
         """
         tallies = self.tallies
-        moved, peaks, read = traffic(tallies, handed_on, given)
+        moved, peaks, read = traffic(tallies, handed_on, given, at_once)
         return Counts(all_sent(tallies), self.flops, moved, peaks, operations, read)
 
     def grows(self, value: int) -> bool:

@@ -82,3 +82,11 @@ def test_what_is_turned_twice_is_as_it_was() -> None:
     back = step((A,), (6, 0), 8, Where.TURNED), step(((6, 0),), (5, 0), 8, Where.TURNED)
     start = step((X,), A, 8, Where.WHOLE), *back, step((X,), B, 8, Where.WHOLE)
     assert peak(*start, step(((5, 0), B), D, 8, Where.FUSED), step((D,), C, 1, Where.REDUCED)) == 8 + 8 + 1
+
+
+def test_what_is_done_at_once_does_not_wait_for_its_reader() -> None:
+    made, widened = step((X,), A, 4, Where.WHOLE), step((A,), B, 8, Where.FUSED)
+    between = step((X,), C, 16, Where.WHOLE), step((C,), (5, 0), 1, Where.WHOLE)
+    program = made, widened, *between, step((B,), D, 1, Where.WHOLE)
+    assert peak(*program) == 4 + 16 + 1
+    assert max(grows for _, grows in peaks(program, at_once=frozenset([B]))) == 8 + 16 + 1
