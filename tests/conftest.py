@@ -4,12 +4,18 @@
 """
 
 import contextlib
+import gc
+import itertools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 NUM_DEVICES = 8
+MEMORY_MAPS, MOST_MEMORY_MAPS = Path("/proc/self/maps"), 20_000
+"""Linux gives a process 65530; a compiled pipeline takes some thousand, and keeps them until Python collects cycles."""
+TESTS = itertools.count(1)
 ON_GPU = bool(os.environ.get("GALVATRON_TEST_GPU"))
 
 # Before JAX is imported. Without XLA's optimisations programs compile in a fraction of the time.
@@ -43,6 +49,15 @@ def dtype_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     standard = request.node.get_closest_marker("standard_promotion") is not None
     with contextlib.nullcontext() if standard else jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def compiled_programs() -> Iterator[None]:
+    """Lets go of compiled programs before there are too many for one process."""
+    yield
+    if next(TESTS) % 4 == 0 and MEMORY_MAPS.exists() and MEMORY_MAPS.read_bytes().count(b"\n") > MOST_MEMORY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
