@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
+from galvatron_jax.api.loop_programs import TimedLoop, timed_loop
 from galvatron_jax.partition import plan_local
 from galvatron_jax.profiler import LayerTimingRequest
 from galvatron_jax.runtime.emit import STAND_INS, LayerProgram
@@ -18,6 +19,8 @@ class TimedLayer:
 
     Collectives are replaced by stand-ins that give arrays of the same shapes, so that only computation is timed.
     """
+
+    num_layers = 1
 
     def __init__(self, kind: LayerKind, program: LayerProgram):
         self._kind = kind
@@ -61,8 +64,8 @@ class TimedLayer:
         return jax.ShapeDtypeStruct(self._program.shape(value, layout), self._program.flat.avals[value].dtype)
 
 
-def timed_layer(traced: Traced, request: LayerTimingRequest, *, mesh: Mapping[str, int]) -> TimedLayer:
-    """The local programs of a layer kind under the strategy of a request.
+def timed_layer(traced: Traced, request: LayerTimingRequest, *, mesh: Mapping[str, int]) -> TimedLayer | TimedLoop:
+    """The local programs of a layer kind under the strategy of a request: a loop's, where such layers make one.
 
     Args:
         traced: the model that the layer belongs to.
@@ -78,4 +81,7 @@ def timed_layer(traced: Traced, request: LayerTimingRequest, *, mesh: Mapping[st
         microbatch=request.microbatch,
         model_microbatch=traced.spec.microbatch,
     )
+    loop = timed_loop(traced, local, request.strategy, kind=index, mesh=mesh)
+    if loop is not None:
+        return loop
     return TimedLayer(kind, LayerProgram(local, traced.programs[index].flat, via=STAND_INS))

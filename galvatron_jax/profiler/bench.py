@@ -25,16 +25,25 @@ class Bench:
     step: Step = field(default=lambda point: None)
     """Told the name of each point as it begins."""
 
-    def time(self, key: Key, work: Callable[[], tuple[LocalFunction, Sequence[jax.ShapeDtypeStruct]]]) -> Timing:
+    def time(
+        self,
+        key: Key,
+        work: Callable[[], tuple[LocalFunction, Sequence[jax.ShapeDtypeStruct]]],
+        *,
+        share: Callable[[], int] = lambda: 1,
+    ) -> Timing:
         """The timing of a local function on all devices at once, from the cache or measured.
 
         Args:
             key: Names the work in the cache.
             work: Gives the function and its local inputs; not called when the timing is cached.
+            share: By how much the time is divided, for a function that does its work several times.
         """
 
         def measure() -> Timing:
             function, inputs = work()
-            return time_everywhere(function, inputs, mesh=self.mesh, sampling=self.sampling)
+            whole = time_everywhere(function, inputs, mesh=self.mesh, sampling=self.sampling)
+            parts = share()
+            return whole.model_copy(update={"median_s": whole.median_s / parts, "spread_s": whole.spread_s / parts})
 
         return self.cache.get_or_measure(key, measure)

@@ -17,11 +17,14 @@ _LOG = logging.getLogger(__name__)
 
 
 class LocalProgram(Protocol):
-    """A layer's forward and backward program of one device, with collectives replaced by local stand-ins.
+    """Forward and backward program of one device, for one layer or some like ones, with stand-ins for collectives.
 
     Forward's outputs (activations and residuals) and backward's (gradients of parameters and inputs) must all be
     returned: what is not returned is not timed.
     """
+
+    num_layers: int
+    """Of which a call runs the programs."""
 
     @property
     def forward_inputs(self) -> Sequence[jax.ShapeDtypeStruct]:
@@ -69,11 +72,14 @@ def _time_layer(request: LayerTimingRequest, build: Callable[[], LocalProgram], 
             built.append(build())
         return built[0]
 
+    def share() -> int:
+        return program().num_layers
+
     def time(phase: str) -> Timing:
         key = {**_key(request), "phase": phase}
         if phase == "forward":
-            return bench.time(key, lambda: (program().forward_fn, program().forward_inputs))
-        return bench.time(key, lambda: (program().backward_fn, program().backward_inputs))
+            return bench.time(key, lambda: (program().forward_fn, program().forward_inputs), share=share)
+        return bench.time(key, lambda: (program().backward_fn, program().backward_inputs), share=share)
 
     try:
         forward, backward = time("forward"), time("backward")
@@ -88,6 +94,7 @@ def _time_layer(request: LayerTimingRequest, build: Callable[[], LocalProgram], 
 def _key(request: LayerTimingRequest) -> dict[str, str | int]:
     return {
         "what": "layer",
+        "looped": "where layers repeat",
         "kind": request.kind,
         "remat": request.remat.value,
         **request.shape.model_dump(mode="json"),

@@ -204,7 +204,7 @@ class Executor:
                 if x is not None:
                     self._keep(run, port, store, [x])
             return Tape([self._needed(run, p, x) for p, x in enumerate(inputs)], residuals)
-        return self._forward_loop(run, inputs, store)
+        return self.forward_loop(run, inputs, store)
 
     def input(self, number: int, run: Run, port: int, parameters: Mapping[str, Any], store: Mapping[str, Any]) -> Any:
         """What an input port of a run reads, stacked over its layers where each has its own."""
@@ -243,7 +243,8 @@ class Executor:
     def _needed(self, run: Run, port: int, x: Any) -> Any:
         return x if run.local.reads_input(port) else None
 
-    def _forward_loop(self, run: Run, inputs: list[Any], store: dict[str, Any]) -> Tape:
+    def forward_loop(self, run: Run, inputs: list[Any], store: dict[str, Any]) -> Tape:
+        """Runs several layers, from the arrays of the run's input ports; puts what others read into the store."""
         carried = [p for p, way in enumerate(run.inputs) if way.way is Way.CARRY]
         stacked = [p for p, way in enumerate(run.inputs) if way.way is Way.STACKED]
         outside = [q for q, outside in enumerate(run.read_outside) if outside]
@@ -311,7 +312,7 @@ class Executor:
             found = dict(zip(ports, grads, strict=True))
             found = {p: totals[number, p] + x if (number, p) in totals else x for p, x in found.items()}
         else:
-            found = self._backward_loop(number, run, tape, cotangents, {p: totals.get((number, p)) for p in ports})
+            found = self.backward_loop(number, run, tape, cotangents, {p: totals.get((number, p)) for p in ports})
         for p, x in found.items():
             self._hand_back(number, run, p, x, cotangents, gradients)
 
@@ -360,7 +361,7 @@ class Executor:
             y = self.move(y, self.layouts.shapes[reference], source, self.layouts.specs[reference])
             cotangents[reference] = cotangents[reference] + y if reference in cotangents else y
 
-    def _backward_loop(
+    def backward_loop(
         self, number: int, run: Run, tape: Tape, cotangents: Mapping[str, Any], totals: Mapping[int, Any | None]
     ) -> dict[int, Any]:
         """Gradients by input port, added to the totals that there are: those change in place, layer by layer."""

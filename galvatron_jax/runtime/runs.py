@@ -111,6 +111,25 @@ def make_runs(traced: Traced, plan: Plan) -> tuple[list[list[Run]], Layouts]:
     return stages, layouts
 
 
+def loop_of(spec: ModelSpec, local: LocalPlan, *, kind: int, length: int) -> Run | None:
+    """The first layers of a kind that follow one another, as one run; None where there are none, or no loop can follow.
+
+    Args:
+        spec: the model.
+        local: the kind's local program.
+        kind: its number.
+        length: how many layers.
+    """
+    kinds = [layer.kind for layer in spec.layers]
+    starts = (i for i in range(len(kinds) - length + 1) if kinds[i : i + length] == [kind] * length)
+    start = next(starts, None)
+    run = None if start is None else _run(spec, local, start, start + length, _readers(spec))
+    if run is None:
+        return None
+    ways = [(port, way) for port, way in enumerate(run.inputs) if way.way is Way.CARRY]
+    return run if ways and all(local.input_spec(p) == local.output_spec(way.output) for p, way in ways) else None
+
+
 def _runs_of(
     spec: ModelSpec,
     locals_: Sequence[LocalPlan],

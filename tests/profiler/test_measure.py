@@ -26,6 +26,7 @@ class Chain:
     batch: int
     length: int = 1
     width: int = 32
+    num_layers: int = 1
 
     def __post_init__(self):
         weight = jax.ShapeDtypeStruct((self.width, self.width), jnp.float32)
