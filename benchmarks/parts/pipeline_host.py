@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import lax
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh, PartitionSpec
 
 from galvatron_jax.cost.schedules import IDLE, ScheduleTable
@@ -106,24 +107,25 @@ def time_step(step: PipelineStep, state: State, batch: Any, steps: int) -> tuple
 
 
 def time_turn(step: PipelineStep, stage: int, way: str, batch: Any, steps: int) -> Clocked:
-    """Medians of one stage's program on this host's device alone; zero where it has none.
+    """Medians of one stage's program on this host's device; zero where it has none.
 
-    The difference between a call that takes the turns of all micro-batches and one that takes none.
+    The difference between a call that takes the turns of all micro-batches and one that takes none. The hosts begin
+    together: in a step, too, they work at the same time, and share a machine's caches and memory bandwidth.
     """
     program = turns(step, stage, way)
-    if program is None:
-        return Clocked(0.0, 0.0)
     leaves = {name: jnp.asarray(x.addressable_shards[0].data) for name, x in batch.items()}
-    run, found, count = jax.jit(program), [], step.plan.num_microbatches
-    for _ in range(steps + 1):
+    run, found, count = jax.jit(program) if program else None, [], step.plan.num_microbatches
+    for number in range(steps + 1):
         read = []
         for turns_taken in (0, count):
+            sync_global_devices(f"{way} {number} {turns_taken}")
             watch = Watch()
-            jax.block_until_ready(run(leaves, turns_taken))
+            if run:
+                jax.block_until_ready(run(leaves, turns_taken))
             read.append(watch.read())
         none, all_of_them = read
         found.append(Clocked((all_of_them.wall_s - none.wall_s) / count, (all_of_them.cpu_s - none.cpu_s) / count))
-    return calmest(found[1:])
+    return calmest(found[1:]) if run else Clocked(0.0, 0.0)
 
 
 class Clocked(NamedTuple):
