@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import NamedTuple
 
 from galvatron_jax.partition.instructions import Version
 from galvatron_jax.partition.layer_plan import Collective, PhasePlan
 from galvatron_jax.partition.layout import Axis, Role, Step, StepKind
-from galvatron_jax.partition.liveness import Where, peaks
+from galvatron_jax.partition.liveness import Where
 from galvatron_jax.spec.profile import CollectiveKind
 
 Amount = tuple[float, float]
@@ -117,47 +115,6 @@ def combined(
 def all_sent(tallies: Iterable[Tally]) -> tuple[Sent, ...]:
     """Collectives of a pass, those of loops as often as they run."""
     return tuple([sent for tally in tallies for sent in tally.sent])
-
-
-class Traffic(NamedTuple):
-    """What moves through memory, and what lives in it, during a pass."""
-
-    moved: Amount
-    peaks: tuple[Amount, ...]
-    read: AbstractSet[Version]
-
-
-def traffic(
-    tallies: Sequence[Tally],
-    handed_on: AbstractSet[Version] = frozenset(),
-    given: Sequence[Tally] = (),
-    at_once: AbstractSet[Version] = frozenset(),
-) -> Traffic:
-    """Bytes that unfused operations read and write, the peaks of live results, and the versions read.
-
-    Elementwise operations fuse into their neighbours; what they make moves only when several operations read it.
-
-    Args:
-        tallies: of a pass.
-        handed_on: versions that stay until its end.
-        given: what is there before it and lives in memory beside what it makes.
-        at_once: versions of fused work that is done with the product it reads.
-    """
-    uses = Counter(chain.from_iterable([tally.read for tally in tallies]))
-    left = uses.copy()
-    moved = [0.0, 0.0]
-    for read, made, fused, moves, *_ in tallies:
-        for version, size, grows in made:
-            if not fused or left[version] > 1:
-                moved[grows] += size
-        if moves is not NONE:
-            moved[0] += moves[0]
-            moved[1] += moves[1]
-        for version in read:
-            left[version] -= 1
-    return Traffic(
-        (moved[0], moved[1]), largest([(0.0, 0.0), *peaks([*given, *tallies], handed_on, at_once)]), uses.keys()
-    )
 
 
 def largest(amounts: Iterable[Amount]) -> tuple[Amount, ...]:

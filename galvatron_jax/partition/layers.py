@@ -11,7 +11,7 @@ from galvatron_jax.partition.counts import NONE, Amount, Counts, Tally, largest
 from galvatron_jax.partition.instructions import Instruction, Residual, Version
 from galvatron_jax.partition.layer_plan import BoundarySpec, LayerPlan, ParameterPlan
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Step
-from galvatron_jax.partition.liveness import Where, peaks
+from galvatron_jax.partition.liveness import Named, Where
 from galvatron_jax.partition.parameters import Storage, StoredParameter
 from galvatron_jax.partition.planner import Pass
 from galvatron_jax.partition.ports import Ports
@@ -217,8 +217,9 @@ class _Context:
         self.storage = Storage(static, self.axes, self.sizes)
         growing = static.program.growing(self.kind.batch_factor, traced_at)
         self.setting = Setting(
-            static.program, self.sizes, self.axes.axes, self.axes.allowed, growing=growing, keep=keep
-        )
+            static.program, self.sizes, self.axes.axes, self.axes.allowed, growing=growing, keep=keep,
+            outlines=static.memo.outlines,
+        )  # fmt: skip
         self.ports = Ports(static, self.axes, self.sizes, strategy.sp_kind, self.storage)
         self.output_specs = self.ports.output_specs()
         self.agreement = Agreement(
@@ -457,8 +458,14 @@ class _Context:
     @staticmethod
     def _through_peaks(forward: Pass, backward: Pass, onward: frozenset[Version]) -> tuple[Amount, ...]:
         """Peaks of forward and backward in a row: what both make in the same layout is there once."""
-        tallies = [*_by_layout(forward), *_by_layout(backward)]
-        return largest(peaks(tallies, frozenset((v, backward.held[v].layouts[n]) for v, n in onward)))
+
+        def by_layout() -> Named:
+            staying = frozenset((v, backward.held[v].layouts[n]) for v, n in onward)
+            return Named([*_by_layout(forward), *_by_layout(backward)], staying)
+
+        forms = (*forward.forms, -1, *backward.forms)
+        known = forward.setting.outlines.lifetimes(forms, onward, _same(forward, backward))
+        return largest(known.peaks(forward.tallies + backward.tallies, by_layout))
 
     def _output_versions(self, forward: Pass) -> tuple[Version, ...]:
         """Versions in which forward hands out the layer's outputs: they are there."""
@@ -482,6 +489,19 @@ class _Context:
             return pending
         backward.relabel(gradient, self.storage.mirrored(now))
         return self.storage.scattered(port.value, pending)
+
+
+def _same(forward: Pass, backward: Pass) -> tuple[tuple[int, int, int], ...]:
+    """Values with the numbers of versions of theirs that have one layout in forward and in backward."""
+    return tuple(
+        [
+            (value, there.layouts.index(layout), number)
+            for value, held in backward.held.items()
+            if (there := forward.held.get(value)) is not None
+            for number, layout in enumerate(held.layouts)
+            if layout in there.layouts
+        ]
+    )
 
 
 def _by_layout(run: Pass) -> list[Tally]:

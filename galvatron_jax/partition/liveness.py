@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from galvatron_jax.partition.instructions import Convert, Instruction, Version
 
@@ -72,12 +73,86 @@ def peaks(
         handed_on: versions that stay until its end.
         at_once: versions of fused work that is done with the product it reads, not with what reads it.
     """
-    values = _number(tallies)
-    if not values.size:
-        return [amount for tally in tallies for amount in tally.inner_peaks]
-    values.at_once = {values.number[v] for v in at_once if v in values.number}
-    stored = _stored(tallies, values, {values.number[v] for v in handed_on if v in values.number})
-    return _sweep(tallies, values, stored)
+    return Lifetimes().peaks(tallies, lambda: Named(tallies, handed_on, at_once))
+
+
+class Named(NamedTuple):
+    """A program by its versions."""
+
+    tallies: Sequence[Tally]
+    handed_on: AbstractSet = frozenset()
+    """Versions that stay until its end."""
+    at_once: AbstractSet = frozenset()
+    """See `peaks`."""
+
+
+Size = tuple[float, bool]
+"""Bytes, and whether they are proportional to the micro-batch."""
+Answer = TypeVar("Answer", bound=Hashable)
+Asked = tuple[Callable[..., Hashable], tuple]
+"""A question about sizes of values: a function of the sizes and of what it is about, and that."""
+
+
+class Lifetimes:
+    """When values come and go in programs that differ in sizes alone.
+
+    What lives when depends on sizes through few questions, such as whether work is done anew in each of its readers.
+    So what was found for one program holds for all with the same answers: these make a tree.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is known yet."""
+        self._made_at: list[tuple[int, int]] | None = None
+        self._answers: dict[Hashable, _Question | _Calendar] = {}
+
+    def peaks(self, tallies: Sequence[Tally], program: Callable[[], Named]) -> list[Amount]:
+        """See `peaks`; at least whenever they may be most.
+
+        Args:
+            tallies: the program's instructions, whatever the names of their versions.
+            program: gives them with versions named, where that is needed.
+        """
+        if self._made_at is None:
+            self._find(program())
+        assert self._made_at is not None
+        sizes = [tallies[index].made[place][1:] for index, place in self._made_at]
+        found = self._answers.get(None)
+        while isinstance(found, _Question):
+            ask, about = found.asked
+            found = found.answers.get(ask(sizes, *about))
+        return (found or self._find(program())).peaks(tallies, sizes)
+
+    def _find(self, program: Named) -> _Calendar:
+        values = _number(program.tallies)
+        values.at_once = {values.number[v] for v in program.at_once if v in values.number}
+        staying = {values.number[v] for v in program.handed_on if v in values.number}
+        calendar = _calendar(program.tallies, values, _stored(program.tallies, values, staying))
+        answers, answer = self._answers, None
+        for asked, given in values.asked:
+            question = answers.setdefault(answer, _Question(asked, {}))
+            assert isinstance(question, _Question)
+            answers, answer = question.answers, given
+        answers[answer] = calendar
+        self._made_at = values.made_at
+        return calendar
+
+
+class _Question(NamedTuple):
+    """What is asked, and what follows from each answer."""
+
+    asked: Asked
+    answers: dict[Hashable, _Question | _Calendar]
+
+
+def _no_more(sizes: Sequence[Size], read: Sequence[int], made: int) -> bool:
+    """Whether some values take no more bytes together than another."""
+    return sum([sizes[value][0] for value in read]) <= sizes[made][0]
+
+
+def _largest(sizes: Sequence[Size], values: Sequence[int]) -> tuple[int, ...]:
+    """The largest of some values: all that are equal."""
+    largest = max([sizes[value] for value in values])
+    return tuple([value for value in values if sizes[value] == largest])
 
 
 @dataclass(slots=True)
@@ -86,7 +161,9 @@ class _Values:
 
     number: dict = field(default_factory=dict)
     """By version."""
-    size: list[tuple[float, bool]] = field(default_factory=list)
+    size: list[Size] = field(default_factory=list)
+    made_at: list[tuple[int, int]] = field(default_factory=list)
+    """The instruction that makes each, and the place among what it makes."""
     maker: list[int] = field(default_factory=list)
     """Index of the instruction that makes each."""
     readers: list[list[int]] = field(default_factory=list)
@@ -103,6 +180,14 @@ class _Values:
     """When each is first read by what is really done then; fused work is done in its readers. In half steps: what is
     fused but in memory is made at an even one, just before the instruction that reads it first, which has the next."""
     last: list[int] = field(default_factory=list)
+    asked: list[tuple[Asked, Hashable]] = field(default_factory=list)
+    """Questions about sizes so far, with their answers."""
+
+    def ask(self, question: Callable[..., Answer], *about: object) -> Answer:
+        """The answer to a question about sizes; nothing else may be decided by them."""
+        answer = question(self.size, *about)
+        self.asked.append(((question, about), answer))
+        return answer
 
 
 def _number(tallies: Sequence[Tally]) -> _Values:
@@ -121,20 +206,21 @@ def _number(tallies: Sequence[Tally]) -> _Values:
             continue
         if turned and tally.place is Where.FUSED and not turned.isdisjoint(tally.read):
             # Few instructions: those that go on in another order than the program's.
-            largest = max([size[value] for value in read])
+            largest = values.ask(_largest, tuple(read))
             values.reordered.update(
                 number[version]
                 for version in tally.read
-                if version in number and version not in turned and size[number[version]] == largest
+                if version in number and version not in turned and number[version] in largest
             )
             turned.update(version for version, _, _ in tally.made)
         for value in read:
             readers[value].append(index)
-        for version, bytes_, grows in tally.made:
+        for place, (version, bytes_, grows) in enumerate(tally.made):
             if version not in number:
                 number[version] = len(size)
                 made.append(len(size))
                 size.append((bytes_, grows))
+                values.made_at.append((index, place))
                 maker.append(index)
                 readers.append([])
     return values
@@ -142,8 +228,8 @@ def _number(tallies: Sequence[Tally]) -> _Values:
 
 def _stored(tallies: Sequence[Tally], values: _Values, staying: AbstractSet[int]) -> list[bool]:
     """Which values are in memory; and, in `values`, when they are read first and last."""
-    size, readers = values.size, values.readers
-    stored, roots = [True] * len(size), []
+    readers = values.readers
+    stored, roots = [True] * len(values.size), []
     for value, index in enumerate(values.maker):
         own = (value,)
         if tallies[index].place is Where.FUSED and value not in staying and value not in values.reordered:
@@ -153,9 +239,9 @@ def _stored(tallies: Sequence[Tally], values: _Values, staying: AbstractSet[int]
                     whole = True
                     break
             if not whole:
-                below = {root for operand in values.reads[index] for root in roots[operand]}
-                if len(reading) < 2 or sum([size[root][0] for root in below]) <= size[value][0]:
-                    stored[value], own = False, tuple(below)
+                below = tuple({root for operand in values.reads[index] for root in roots[operand]})
+                if len(reading) < 2 or values.ask(_no_more, below, value):
+                    stored[value], own = False, below
         roots.append(own)
     _date(tallies, values, stored, staying)
     return stored
@@ -185,9 +271,8 @@ def _date(tallies: Sequence[Tally], values: _Values, stored: Sequence[bool], sta
     values.first, values.last = first, last
 
 
-def _sweep(tallies: Sequence[Tally], values: _Values, stored: Sequence[bool]) -> list[Amount]:
-    """Bytes in memory at each birth."""
-    size, maker = values.size, values.maker
+def _calendar(tallies: Sequence[Tally], values: _Values, stored: Sequence[bool]) -> _Calendar:
+    maker = values.maker
     born: dict[int, list[int]] = defaultdict(list)
     dying: dict[int, list[int]] = defaultdict(list)
     for value, index in enumerate(maker):
@@ -195,28 +280,72 @@ def _sweep(tallies: Sequence[Tally], values: _Values, stored: Sequence[bool]) ->
             fused = tallies[index].place is Where.FUSED
             born[values.first[value] & ~1 if fused else 2 * index + 1].append(value)
             dying[values.last[value]].append(value)
-    copied = {values.first[v] & ~1: size[v] for v in values.reordered if tallies[maker[v]].place is not Where.FUSED}
-    live, found = [0.0, 0.0], []
-    for step in range(2 * len(tallies)):
-        if step in copied:
-            amount, grows = copied[step]
-            found.append((live[0] + (0.0 if grows else amount), live[1] + (amount if grows else 0.0)))
-        if step % 2:
-            for stays, grows in tallies[step // 2].inner_peaks:
-                found.append((live[0] + stays, live[1] + grows))
+    copied = {values.first[v] & ~1: v for v in values.reordered if tallies[maker[v]].place is not Where.FUSED}
+    looping = {2 * index + 1 for index, tally in enumerate(tallies) if tally.inner_peaks}
+    steps = []
+    for step in sorted({*born, *dying, *copied, *looping}):
         here, leaving = born.get(step, ()), dying.get(step, ())
-        free = [size[value] for value in leaving if value not in here]
-        for value in here:
-            amount, grows = size[value]
-            if tallies[maker[value]].place in _REUSING and size[value] in free:
-                free.remove(size[value])
-            else:
-                live[grows] += amount
-        if here:
-            found.append((live[0], live[1]))
-        for amount, grows in free:
-            live[grows] -= amount
-        for value in leaving:
-            if value in here:
-                live[size[value][1]] -= size[value][0]
-    return found
+        steps.append(
+            _Step(
+                copied.get(step),
+                step // 2 if step in looping else None,
+                tuple([(value, tallies[maker[value]].place in _REUSING) for value in here]),
+                tuple([value for value in leaving if value not in here]),
+                tuple([value for value in leaving if value in here]),
+            )
+        )
+    return _Calendar(steps)
+
+
+class _Step(NamedTuple):
+    """What happens just before an instruction, or during it."""
+
+    copied: int | None
+    """A value that is brought into another order."""
+    loop: int | None
+    """The instruction's index where it has a body."""
+    born: tuple[tuple[int, bool], ...]
+    """Values that come into memory, and whether they may take the place of others."""
+    dying: tuple[int, ...]
+    """Those that were there before and go."""
+    passing: tuple[int, ...]
+    """Those that come and go."""
+
+
+class _Calendar:
+    """When values come and go."""
+
+    def __init__(self, steps: Sequence[_Step]) -> None:
+        # While nothing goes, what is there later is more.
+        rising = [not step.dying and not step.passing and bool(after.born) for step, after in pairwise(steps)]
+        self._steps = list(zip(steps, [*rising, False], strict=False))
+
+    def peaks(self, tallies: Sequence[Tally], sizes: Sequence[Size]) -> list[Amount]:
+        """Bytes in memory whenever they may be most.
+
+        Args:
+            tallies: the program.
+            sizes: of its values.
+        """
+        live, found = [0.0, 0.0], []
+        for (copied, loop, born, dying, passing), rising in self._steps:
+            if copied is not None:
+                amount, grows = sizes[copied]
+                found.append((live[0] + (0.0 if grows else amount), live[1] + (amount if grows else 0.0)))
+            if loop is not None:
+                found += [(live[0] + stays, live[1] + grows) for stays, grows in tallies[loop].inner_peaks]
+            free = [sizes[value] for value in dying]
+            for value, reuses in born:
+                size = sizes[value]
+                if reuses and free and size in free:
+                    free.remove(size)
+                else:
+                    live[size[1]] += size[0]
+            if born and not rising:
+                found.append((live[0], live[1]))
+            for amount, grows in free:
+                live[grows] -= amount
+            for value in passing:
+                amount, grows = sizes[value]
+                live[grows] -= amount
+        return found

@@ -57,6 +57,7 @@ class Draft:
             tuple(self.tallies),
             tuple(self.decisions),
             self.flops,
+            self.setting.outlines.number(self.tallies),
         )
 
     def convert(self, value: int, target: Layout) -> Version:

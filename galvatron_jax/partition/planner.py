@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import chain
 
-from galvatron_jax.partition.counts import NONE, Amount, Counts, Tally, all_sent, traffic
+from galvatron_jax.partition.counts import NONE, Amount, Counts, Tally, all_sent
 from galvatron_jax.partition.instructions import Convert, Decision, Instruction, Loop, Version
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Role, Step
 from galvatron_jax.partition.operations import Draft, plan_operation
+from galvatron_jax.partition.outline import Forms
 from galvatron_jax.partition.setting import Held, Keep, Outcome, Setting
 from galvatron_jax.partition.static import StaticFactor, StaticOp, StaticProgram
 
@@ -50,6 +51,11 @@ class Pass:
         return tuple(chain.from_iterable([outcome.tallies for outcome in self._outcomes]))
 
     @property
+    def forms(self) -> Forms:
+        """The instructions without sizes."""
+        return tuple([outcome.form for outcome in self._outcomes])
+
+    @property
     def decisions(self) -> tuple[Decision, ...]:
         """Why operations are sharded as they are, where that costs something."""
         return tuple(chain.from_iterable([outcome.decisions for outcome in self._outcomes]))
@@ -79,7 +85,7 @@ class Pass:
             at_once: versions of fused work that is done with the product it reads.
         """
         tallies = self.tallies
-        moved, peaks, read = traffic(tallies, handed_on, given, at_once)
+        moved, peaks, read = self.setting.outlines.traffic(tallies, self.forms, handed_on, given, at_once)
         return Counts(all_sent(tallies), self.flops, moved, peaks, operations, read)
 
     def grows(self, value: int) -> bool:
@@ -268,7 +274,7 @@ class _LoopPlan:
 
     def _tally(self, operands: tuple[Version, ...], results: tuple[Version, ...], body: Pass) -> Tally:
         tallies = body.tallies
-        (stays, grows), peaks, _ = traffic(tallies)
+        (stays, grows), peaks, _ = self.setting.outlines.traffic(tallies, body.forms)
         fused = self.op.elementwise or self.op.free
         moved = [stays * self.trips, grows * self.trips]
         if not fused:

@@ -17,6 +17,7 @@ from galvatron_jax.partition.counts import NONE, Amount, Tally, collectives
 from galvatron_jax.partition.instructions import Convert, Decision, Instruction
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Axis, Frame, Layout, Step, convert
 from galvatron_jax.partition.liveness import Where
+from galvatron_jax.partition.outline import Outlines
 from galvatron_jax.partition.static import StaticFactor, StaticOp, StaticProgram
 
 
@@ -56,6 +57,8 @@ class Outcome(NamedTuple):
     decisions: tuple[Decision, ...] = ()
     flops: Amount = NONE
     """Local FLOPs of one device."""
+    form: int = 0
+    """Number of the instructions without sizes, see `Outlines`."""
 
 
 class DearChoice(NamedTuple):
@@ -83,6 +86,7 @@ class Setting:
         growing: frozenset[int] = frozenset(),
         keep: Keep = Keep.INSTRUCTIONS,
         dear: list[DearChoice] | None = None,
+        outlines: Outlines | None = None,
     ) -> None:
         """Nothing is planned yet.
 
@@ -94,6 +98,7 @@ class Setting:
             growing: factors whose size is proportional to the micro-batch.
             keep: what is wanted of what is planned.
             dear: where choices that cost something are noted; a list of its own otherwise.
+            outlines: what is known of programs that come out; nothing otherwise.
         """
         self.program, self.sizes, self.growing, self.keep = program, tuple(sizes), growing, keep
         self.axes = tuple(axes)
@@ -109,6 +114,7 @@ class Setting:
         self.dear: list[DearChoice] = [] if dear is None else dear
         """What was chosen at a cost, in loops too: at another micro-batch it may not be the cheapest. Not noted where
         conversions and FLOPs alone are kept."""
+        self.outlines = Outlines() if outlines is None else outlines
         self._elsewhere: dict[tuple[int, ...], Setting] = {}
         self._states: dict[tuple, Held] = {}
         self._bytes: dict[tuple[int, Held, int], float] = {}
@@ -129,8 +135,9 @@ class Setting:
         if op.index not in self._bodies:
             assert op.body is not None
             self._bodies[op.index] = Setting(
-                op.body, self.sizes, self.axes, self.allowed, growing=self.growing, keep=self.keep, dear=self.dear
-            )
+                op.body, self.sizes, self.axes, self.allowed, growing=self.growing, keep=self.keep, dear=self.dear,
+                outlines=self.outlines,
+            )  # fmt: skip
         return self._bodies[op.index]
 
     def elsewhere(self, sizes: tuple[int, ...]) -> Setting:
@@ -250,7 +257,7 @@ class Setting:
             Convert(value, source, version, steps, self.local_shape(value, target, held.lazy)),
         )  # fmt: skip
         tallies = () if self.keep is Keep.STEPS else (self._tally(value, after, source, version, steps),)
-        return Outcome({value: after}, made, tallies), version
+        return Outcome({value: after}, made, tallies, form=self.outlines.number(tallies)), version
 
     def _tally(self, value: int, held: Held, source: int, target: int, steps: Sequence[Step]) -> Tally:
         """A conversion counts its collectives; slices alone fuse with what reads them."""

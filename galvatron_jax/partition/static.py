@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from galvatron_jax.partition.liveness import Where
+from galvatron_jax.partition.outline import Outlines
 from galvatron_jax.partition.recent import Recent
 from galvatron_jax.spec.model import LayerKind, PortRole
 from galvatron_jax.spec.program import FactorKind, FactorRole, Linearity, Operation, Place, Program
@@ -199,6 +200,8 @@ class Memo:
     """Whether all grows in proportion to the micro-batch or not at all, by growing factors."""
     contexts: Recent = field(default_factory=lambda: Recent(MAX_CONTEXTS))
     """What strategies with the same logical axes share, by axes and micro-batch."""
+    outlines: Outlines = field(default_factory=Outlines)
+    """What was found of its programs."""
 
 
 @dataclass(frozen=True, eq=False)
