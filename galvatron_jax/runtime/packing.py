@@ -110,8 +110,14 @@ class Packing(Generic[Name]):
         return new
 
     def add(self, case: int, flats: Mapping[str, Any], arrays: Mapping[Name, Any]) -> Flats:
-        """The flat arrays with some arrays of a case added."""
-        return self.write(case, flats, {name: self.read(case, name, flats) + x for name, x in arrays.items()})
+        """The flat arrays with some arrays of a case added.
+
+        One after another: reads of the arrays as they were, after the first write, would have XLA keep a copy.
+        """
+        new = dict(flats)
+        for name, x in arrays.items():
+            new = self.write(case, new, {name: self.read(case, name, new) + x})
+        return new
 
     # ------------------------------------------------------------------------------------------ in slots
 
