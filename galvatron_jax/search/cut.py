@@ -4,8 +4,9 @@
    every stage is worth; the layer search finds each stage's best choice at those prices, and what the choices cost
    together bounds every plan of the cut from below (Dantzig & Wolfe, as in `polish`).
 2. What a choice costs beyond its stage's best at those prices must be less than what the best plan known takes beyond
-   that bound: few choices are left, and they are listed.
-3. Combinations of them are built up stage by stage, and dropped when they cost too much.
+   that bound: few choices are left of stages whose seconds have a price, and they are listed and combined.
+3. The other stages wait for those. Of each, one choice that is fast enough for the best combination is sought; with
+   them that is the best plan. Only where a stage has none are its choices listed too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from galvatron_jax.search.bounds import Bounds
+from galvatron_jax.search.combine import Combining, Placements, Priced, TooManyError
 from galvatron_jax.search.fronts import (
     BACKWARD,
     FORWARD,
@@ -30,31 +32,20 @@ from galvatron_jax.search.fronts import (
     pareto,
 )  # fmt: skip
 from galvatron_jax.search.minima import StageMinima, Weight, sending, stage_chain
-from galvatron_jax.search.pipeline import Pipeline, PipelineSolution, evaluate
+from galvatron_jax.search.pipeline import Pipeline, PipelineSolution, evaluate, sum_stage
 from galvatron_jax.search.polish import StageChoices, best_pure, stage_weights
 from galvatron_jax.search.suffixes import Suffixes
 
 _ROUNDS = 30
 _MOST = 400_000
-"""Labels, and combinations, beyond which a cut is left open."""
+"""Labels beyond which a cut is left open."""
 _ROUNDING = 1e-11
-
-
-class TooManyError(Exception):
-    """A cut takes too much work, or time is up."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Priced:
-    """Prices of the stages' seconds, and what they prove."""
-
-    weights: tuple[Weight, ...]
-    least: tuple[float, ...]
-    """Per stage, the least weighted seconds."""
-
-    @property
-    def bound_s(self) -> float:
-        return math.fsum(self.least)
+_HEAVY = 0.01
+"""Part of all prices from which on a stage's choices are listed at once."""
+_TRIES = 12
+"""To find a choice that is fast enough."""
+_STEP = 4.0
+"""Logarithm of the weight that something gains which takes twice as long as it may."""
 
 
 @dataclass
@@ -76,13 +67,12 @@ class CutSolver:
 
     def run(self) -> None:
         """Finds the best solution, or a bound where that takes too much."""
+        stages = [StageChoices(number, *self._ends(number)) for number in range(len(self.starts))]
         try:
-            priced = self._price()
-            if self.bound_s >= self._below:
-                self.bound_s = math.inf
-                return
-            fronts = [self._front(priced, stage) for stage in range(len(self.starts))]
-            self._combine(priced, fronts)
+            self._guess()
+            priced = self._price(stages) if self.bound_s < self._below else Priced((), ())
+            if self.bound_s < self._below:
+                self._settle(priced, stages)
             self.bound_s = math.inf
         except TooManyError:
             return
@@ -100,26 +90,43 @@ class CutSolver:
 
     # ------------------------------------------------------------------------------------------ prices
 
-    def _price(self) -> _Priced:
+    def _price(self, stages: list[StageChoices]) -> Priced:
         """The prices that bound the cut best."""
-        stages = [StageChoices(number, *self._ends(number)) for number in range(len(self.starts))]
         problem = self.problem
-        key = (problem.schedule, problem.degree, problem.num_microbatches)
         # What bounds a cut like this one may do at once. Stages that weigh nothing there have no good choices yet.
-        begin = [weights for weights in (self.minima.known.weights.get(key), _even(problem)) if weights]
-        best = _Priced((), ())
+        begin = [weights for weights in (self._known, _even(problem)) if weights]
+        best = Priced((), ())
         for number in range(_ROUNDS):
             self._check_time()
             weights = begin[number] if number < len(begin) else _as_weights(stage_weights(problem, stages))
-            found = _Priced(weights, tuple(self._add(stages, weights)))
+            found = Priced(weights, tuple(self._add(stages, weights)))
             if not best.weights or found.bound_s > best.bound_s:
                 best, self.bound_s = found, max(self.bound_s, found.bound_s)
             if self.bound_s >= self._below or (number >= len(begin) and not self._grew):
                 break
-        self.minima.known.weights[key] = best.weights
+        self.minima.known.weights[self._kind] = best.weights
         if self.bound_s < self._below:
             self._offer(best_pure(problem, stages, self.starts))
         return best
+
+    @property
+    def _kind(self) -> tuple:
+        """Of problems whose cuts much the same prices bound."""
+        return self.problem.schedule, self.problem.degree, self.problem.num_microbatches
+
+    @property
+    def _known(self) -> tuple[Weight, ...] | None:
+        return self.minima.known.weights.get(self._kind)
+
+    def _guess(self) -> None:
+        """Bounds the cut by the prices of another one, without closing any gap of a stage."""
+        if self._known is not None:
+            ends = [self._ends(stage) for stage in range(len(self.starts))]
+            least = [
+                self.minima.least(stage, *ends[stage], weight, exact=False).seconds
+                for stage, weight in enumerate(self._known)
+            ]
+            self.bound_s = max(self.bound_s, math.fsum(least))
 
     def _add(self, stages: list[StageChoices], weights: tuple[Weight, ...]) -> list[float]:
         least, self._grew = [], False
@@ -138,7 +145,72 @@ class CutSolver:
 
     # ------------------------------------------------------------------------------------------ choices
 
-    def _front(self, priced: _Priced, stage: int) -> StageFront:
+    def _settle(self, priced: Priced, stages: list[StageChoices]) -> None:
+        """Finds the best combination of choices."""
+        combining = Combining.of(self.problem, self.bounds, [(one.start, one.stop) for one in stages], priced)
+        worth = np.array([weight.forward + weight.backward + weight.once for weight in priced.weights])
+        waiting = [int(stage) for stage in np.argsort(-worth, kind="stable")]
+        fronts: dict[int, StageFront] = {}
+        heavy = int((worth >= _HEAVY * worth.sum()).sum())
+        wanted = waiting[:heavy]
+        while True:
+            for stage in wanted:
+                fronts[stage] = self._front(priced, stage)
+                combining = combining.with_floor(stage, combining.of_front(stage, fronts[stage]))
+                self._check_time()
+            found = combining.place(fronts, self.upper_s)
+            self.labels += len(found)
+            if not len(found):
+                return
+            waiting = [stage for stage in waiting if stage not in fronts]
+            wanted = self._complete(combining, fronts, found, [stages[stage] for stage in waiting])
+            if not wanted:
+                return
+
+    def _complete(
+        self, combining: Combining, fronts: dict[int, StageFront], found: Placements, waiting: list[StageChoices]
+    ) -> list[int]:
+        """Offers the best combination with a choice of every other stage, if they have any that is fast enough.
+
+        Returns:
+            A stage that has none.
+        """
+        most = found.columns[0]
+        chosen = {stage: fronts[stage].options[int(p)] for stage, p in zip(found.stages, found.chosen[0], strict=True)}
+        for stage in waiting:
+            fast = self._fast(combining, stage, most)
+            if fast is None:
+                return [stage.number]
+            chosen[stage.number] = fast
+        options = tuple(option for stage in range(len(self.starts)) for option in chosen[stage])
+        self._offer(evaluate(self.problem, self.starts, options))
+        return []
+
+    def _fast(self, combining: Combining, stage: StageChoices, most: np.ndarray) -> tuple[int, ...] | None:
+        """A choice of a stage that takes no more than some seconds in every kind of tick and once a step.
+
+        Whatever a choice exceeds gains weight, until the best choice under the weights exceeds nothing, or too much.
+        """
+        for total, options in zip(stage.sums, stage.options, strict=True):
+            if combining.within(stage.number, total, most):
+                return options
+        rows, limits = combining.sides(stage.number, most)
+        heavy = np.full(len(limits), 1.0 / len(limits))
+        for _ in range(_TRIES):
+            weight = Weight(*(float(part) for part in (heavy / limits) @ rows))
+            least = self.minima.least(stage.number, stage.start, stage.stop, weight)
+            if least.seconds > 1 + _ROUNDING or least.options is None:
+                return None
+            stage.add(self.problem, least.options, self.minima.budget_bytes)
+            total = sum_stage(self.problem, stage.number, stage.start, stage.stop, least.options)
+            if combining.within(stage.number, total, most):
+                return least.options
+            over = rows @ [total.forward_s, total.backward_s, total.once_s] / limits - 1.0
+            heavy *= np.exp(_STEP * np.minimum(over, 1.0))
+            heavy /= heavy.sum()
+        return None
+
+    def _front(self, priced: Priced, stage: int) -> StageFront:
         """The choices of a stage that a plan faster than the best known may make."""
         start, stop = self._ends(stage)
         count = self.problem.num_microbatches
@@ -161,52 +233,6 @@ class CutSolver:
         chain = stage_chain(self.problem, stage, start, stop, weight)
         completions = Suffixes.of(chain, limit_bytes=limit, below=most)
         return _Rule(np.array([*weight.inside(self.problem, stage), weight.once]), most, completions)
-
-    # ------------------------------------------------------------------------------------------ combinations
-
-    def _combine(self, priced: _Priced, fronts: list[StageFront]) -> None:
-        kinds, stages = self.problem.kinds, range(len(fronts))
-        if not all(len(front) for front in fronts):
-            return
-        ticks = [
-            kinds.forward[:, s] * fronts[s].forward_s[:, None] + kinds.backward[:, s] * fronts[s].backward_s[:, None]
-            for s in stages
-        ]
-        columns = [np.concatenate([ticks[s], fronts[s].once_s[:, None]], axis=1) for s in stages]
-        cost = [
-            priced.weights[s].forward * fronts[s].forward_s
-            + priced.weights[s].backward * fronts[s].backward_s
-            + priced.weights[s].once * fronts[s].once_s
-            for s in stages
-        ]
-        count = np.append(kinds.count, 1.0)
-        floors = np.stack([one.min(0) for one in columns])
-        placed = np.zeros((1, len(count)))
-        spent, chosen = np.zeros(1), np.zeros((1, 0), np.int64)
-        for s in stages:
-            self._check_time()
-            if len(placed) * len(cost[s]) > 20 * _MOST:
-                raise TooManyError
-            rest = math.fsum(one.min() for one in cost[s + 1 :])
-            floor = floors[s + 1 :].max(0, initial=0.0)
-            total = spent[:, None] + cost[s] + rest
-            row, point = np.nonzero(total < self.upper_s * (1 + _ROUNDING))
-            grown = np.maximum(placed[row], columns[s][point])
-            seconds = np.maximum(grown, floor) @ count
-            alive = np.flatnonzero(seconds < self._below)
-            if len(alive) > _MOST:
-                raise TooManyError
-            row, point, grown = row[alive], point[alive], grown[alive]
-            if len(alive) < 20_000:
-                kept = pareto(np.maximum(grown, floor))
-                row, point, grown = row[kept], point[kept], grown[kept]
-            placed, spent = grown, spent[row] + cost[s][point]
-            chosen = np.concatenate([chosen[row], point[:, None]], axis=1)
-            self.labels += len(placed)
-        if len(placed):
-            best = chosen[int((placed @ count).argmin())]
-            options = tuple(o for s in stages for o in fronts[s].options[int(best[s])])
-            self._offer(evaluate(self.problem, self.starts, options))
 
 
 def _as_weights(rows: np.ndarray) -> tuple[Weight, ...]:

@@ -17,6 +17,8 @@ from galvatron_jax.search.pipeline import Pipeline
 MOST_CUTS = 400_000
 """Looked at; of more, none is."""
 _BLOCK = 50_000
+_BUSY = Weight(1.0, 1.0, 0.0)
+"""Seconds forward and backward."""
 _ROUNDING = 1e-9
 
 
@@ -40,34 +42,59 @@ class CutFinder:
     upper_s: float
     """Seconds to beat."""
     _busy: np.ndarray | None = None
+    _exact: np.ndarray | None = None
 
     def find(self, aim_s: float) -> Cuts | None:
         """The cuts that may hold a plan faster than `aim_s`, up to `upper_s`; None where they are too many."""
-        if self._busy is None:
-            longest = self.bounds.longest_stage(self.upper_s)
-            useful, below = self._useful(longest), longest * (1 + _ROUNDING)
-            self._busy = np.full(useful.shape, np.inf)
-            for stage, start, stop in np.argwhere(useful):
-                ends = int(stage), int(start), int(stop)
-                self._busy[ends] = self.minima.least(*ends, Weight(1.0, 1.0, 0.0), below=below).seconds
-        return _Placing.of(self.problem, self.bounds, self._busy, aim_s).run()
+        if self._busy is None or self._exact is None:
+            self._busy = self._relaxed()
+            self._exact = ~np.isfinite(self._busy)
+        while True:
+            found = _Placing.of(self.problem, self.bounds, self._busy, aim_s).run()
+            # Only stages of cuts that are left need to be known exactly.
+            wanted = ~self._exact if found is None else self._stages_of(found) & ~self._exact
+            if not wanted.any():
+                return found
+            below = self.bounds.longest_stage(self.upper_s) * (1 + _ROUNDING)
+            for stage, start, stop in np.argwhere(wanted).tolist():
+                least = self.minima.least(stage, start, stop, _BUSY, below=below)
+                self._busy[stage, start, stop] = least.seconds
+            self._exact |= wanted
+
+    def _stages_of(self, cuts: Cuts) -> np.ndarray:
+        """Which layers each stage holds in some cut. bool[stages, layers + 1, layers + 1]."""
+        count = len(self.problem.layers)
+        found = np.zeros((self.problem.num_stages, count + 1, count + 1), bool)
+        ends = np.concatenate([cuts.starts, np.full((len(cuts.starts), 1), count)], axis=1)
+        for stage in range(self.problem.num_stages):
+            found[stage, ends[:, stage], ends[:, stage + 1]] = True
+        return found
+
+    def _relaxed(self) -> np.ndarray:
+        """Seconds forward and backward of every stage that may be of use, at least; infinite for others."""
+        longest = self.bounds.longest_stage(self.upper_s)
+        useful, below = self._useful(longest), longest * (1 + _ROUNDING)
+        busy = np.full(useful.shape, np.inf)
+        for stage, start, stop in np.argwhere(useful).tolist():
+            busy[stage, start, stop] = self.minima.least(stage, start, stop, _BUSY, below=below, exact=False).seconds
+        return busy
 
     def _useful(self, longest_s: float) -> np.ndarray:
         """Whether a stage of a useful plan may hold some layers. bool[stages, layers + 1, layers + 1]."""
         below, load = longest_s * (1 + _ROUNDING), self.bounds.load.copy()
         weight = Weight(1.0, 1.0, 1 / self.problem.num_microbatches)
-        exact = np.zeros(load.shape, bool)
+        known = np.zeros(load.shape, bool)
         while True:
             slowest = np.maximum(slowest_first(load)[:-1, :, None], load)
             slowest = np.maximum(slowest, slowest_last(load)[-2::-1, None, :])
             useful = slowest < below
-            new = np.argwhere(useful & ~exact)
+            new = np.argwhere(useful & ~known)
             if not len(new):
                 return useful
-            for stage, start, stop in new:
-                found = self.minima.least(int(stage), int(start), int(stop), weight, below=below).seconds
+            for stage, start, stop in new.tolist():
+                found = self.minima.least(stage, start, stop, weight, below=below, exact=False).seconds
                 load[stage, start, stop] = max(load[stage, start, stop], found)
-            exact |= useful
+            known |= useful
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +128,8 @@ class _Placing:
         starts, stop, seconds = np.zeros((1, 0), np.int32), np.zeros(1, np.int32), np.zeros((1, 0))
         once, bound = np.zeros(1), np.zeros(1)
         for stage in range(stages):
-            row, after = np.nonzero(np.isfinite(self.busy[stage][stop]))
+            useful = np.isfinite(self.busy[stage]) & np.isfinite(self.last[stages - stage - 1])
+            row, after = np.nonzero(useful[stop])
             spent = np.maximum(once[row], self.once[after] - self.once[stop[row]])
             kept = []
             for block in np.split(np.arange(len(row)), range(_BLOCK, len(row), _BLOCK)):

@@ -3,7 +3,7 @@
 A label is a choice for the first layers: its seconds, its bytes and the boundary class it ends in. Per layer and class
 only Pareto-optimal labels live on, and of those only the ones whose completion could still fit and beat the best plan
 known, by the relaxation's cost-to-go. With the relaxation's multiplier that leaves few (Beasley & Christofides,
-"An algorithm for the resource constrained shortest path problem", 1989).
+"An algorithm for the resource constrained shortest path problem", 1989): so few that several cases are grown at once.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Closed:
     """What the labels found."""
 
     options: tuple[int, ...] | None
-    """A choice faster than the bound given, the fastest there is if `complete`."""
+    """A choice faster than the bound given, the fastest of all cases if `complete`."""
     complete: bool
     labels: int
 
 
 @dataclass(frozen=True, eq=False)
 class _Tails:
-    """The best completions from every (layer, class) under one objective."""
+    """The best completions from every layer, case and class under one objective. [cases, classes] each."""
 
     cost: list[np.ndarray]
     seconds: list[np.ndarray]
@@ -48,6 +48,7 @@ class _Front:
 
     seconds: np.ndarray
     resident: np.ndarray
+    case: np.ndarray
     label: np.ndarray
     """Boundary class."""
     parent: np.ndarray
@@ -56,7 +57,12 @@ class _Front:
 
     def take(self, index: np.ndarray) -> _Front:
         return _Front(
-            self.seconds[index], self.resident[index], self.label[index], self.parent[index], self.option[index]
+            self.seconds[index],
+            self.resident[index],
+            self.case[index],
+            self.label[index],
+            self.parent[index],
+            self.option[index],
         )
 
 
@@ -68,40 +74,56 @@ class _Best:
     tails: _Tails | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class _Question:
+    """The cases at hand."""
+
+    chain: Chain
+    cases: Cases
+    limit: np.ndarray
+    """float64[cases]"""
+    multiplier: np.ndarray
+    """float64[cases]"""
+    tails: tuple[_Tails, ...]
+    """By priced seconds, by seconds, and by bytes."""
+
+
 def close_gap(
     chain: Chain,
-    case: Cases,
+    cases: Cases,
     *,
-    limit_bytes: int,
-    multiplier: float,
+    limit_bytes: np.ndarray,
+    multiplier: np.ndarray,
     upper_s: float,
     deadline: float | None = None,
 ) -> Closed:
-    """The fastest choice of one case that is faster than `upper_s`.
+    """The fastest choice of some cases that is faster than `upper_s`.
 
     Args:
         chain: the problem.
-        case: a single one.
-        limit_bytes: for resident bytes.
-        multiplier: seconds per byte; the closer to the dual optimum, the fewer labels.
+        cases: those looked at together.
+        limit_bytes: for resident bytes, per case. int64[cases]
+        multiplier: seconds per byte, per case; the closer to the dual optimum, the fewer labels. float64[cases]
         upper_s: seconds to beat.
         deadline: of `time.monotonic()`.
     """
-    objectives = ((1.0, multiplier), (1.0, 0.0), (0.0, 1.0))
-    tails = [_tails(chain, case, seconds_weight=weight, price=price) for weight, price in objectives]
-    members = {id(layer): _Members.of(layer, case) for layer in {id(each): each for each in chain.layers}.values()}
+    every, nothing = np.ones(len(cases)), np.zeros(len(cases))
+    objectives = ((1.0, multiplier), (1.0, nothing), (0.0, every))
+    tails = tuple(_tails(chain, cases, seconds_weight=weight, price=price) for weight, price in objectives)
+    asked = _Question(chain, cases, limit_bytes, multiplier, tails)
+    members = {id(layer): _Members.of(layer, cases) for layer in {id(each): each for each in chain.layers}.values()}
     best, fronts, complete, total = _Best(upper_s), [], True, 0
     for index, layer in enumerate(chain.layers):
         moves, before = chain.moves[index - 1] if index else None, fronts[-1] if fronts else None
-        front = _extend(members[id(layer)], moves, before)
-        front = _prune(front, tails, index, limit_bytes, multiplier, best.upper_s)
-        front = front.take(pareto_index(front.seconds, front.resident, front.label))
+        front = _prune(asked, _extend(members[id(layer)], moves, before), index, best.upper_s)
+        group = front.case * layer.num_classes + front.label
+        front = front.take(pareto_index(front.seconds, front.resident, group))
         if len(front.seconds) > _MAX_FRONT:
-            keep = np.argpartition(front.seconds + multiplier * front.resident, _MAX_FRONT)[:_MAX_FRONT]
-            front, complete = front.take(keep), False
+            priced = front.seconds + multiplier[front.case] * (front.resident - limit_bytes[front.case])
+            front, complete = front.take(np.argpartition(priced, _MAX_FRONT)[:_MAX_FRONT]), False
         fronts.append(front)
         total += len(front.seconds)
-        _offer(front, tails, index, limit_bytes, best)
+        _offer(asked, front, index, best)
         if not len(front.seconds):
             break
         if deadline is not None and time.monotonic() > deadline:
@@ -110,84 +132,92 @@ def close_gap(
     return Closed(_choice(chain, fronts, best), complete, total)
 
 
-def _tails(chain: Chain, case: Cases, *, seconds_weight: float, price: float) -> _Tails:
+def _tails(chain: Chain, cases: Cases, *, seconds_weight: float, price: np.ndarray) -> _Tails:
     count = len(chain.layers)
-    last = np.zeros(chain.layers[-1].num_classes)
+    last = np.zeros((len(cases), chain.layers[-1].num_classes))
     cost, seconds, resident = [last] * count, [last] * count, [last.astype(np.int64)] * count
     option = [last.astype(np.int64)] * count
     best: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    rows = np.arange(len(cases))[:, None]
     for index in range(count - 2, -1, -1):
         layer, moves = chain.layers[index + 1], chain.moves[index]
         if id(layer) not in best:
-            own = seconds_weight * layer.seconds + price * layer.resident_bytes
-            table = best_per_class(layer, np.where(allowed_options(layer, case), own[None], np.inf))
-            best[id(layer)] = table[0][0], table[1][0]
+            own = seconds_weight * layer.seconds + price[:, None] * layer.resident_bytes
+            best[id(layer)] = best_per_class(layer, np.where(allowed_options(layer, cases), own, np.inf))
         own, choice = best[id(layer)]
-        arrival = seconds_weight * moves + (own + cost[index + 1])[None]
-        target = np.argmin(arrival, axis=1)
-        picked = choice[target]
-        rows = np.arange(len(target))
-        cost[index] = arrival[rows, target]
-        seconds[index] = moves[rows, target] + layer.seconds[picked] + seconds[index + 1][target]
-        resident[index] = layer.resident_bytes[picked] + resident[index + 1][target]
+        arrival = seconds_weight * moves + (own + cost[index + 1])[:, None]
+        target = np.argmin(arrival, axis=2)
+        picked = choice[rows, target]
+        cost[index] = np.take_along_axis(arrival, target[..., None], 2)[..., 0]
+        seconds[index] = moves[np.arange(len(moves)), target] + layer.seconds[picked] + seconds[index + 1][rows, target]
+        resident[index] = layer.resident_bytes[picked] + resident[index + 1][rows, target]
         option[index] = picked
     return _Tails(cost, seconds, resident, option)
 
 
 @dataclass(frozen=True, eq=False)
 class _Members:
-    """The options of a layer by the class that they end in."""
+    """The options of a layer that may be of use, by case and by the class that they end in."""
 
     option: np.ndarray
-    """Class after class."""
+    """Case after case, class after class."""
     seconds: np.ndarray
     resident: np.ndarray
-    classes: np.ndarray
-    """Classes with options, ascending."""
+    group: np.ndarray
+    """Case and class."""
     start: np.ndarray
-    """Per class with options, where these begin."""
+    """Where the options of a case and class begin. int64[cases * classes]"""
     count: np.ndarray
+    """And how many there are."""
+    num_classes: int
 
     @classmethod
-    def of(cls, layer: Options, case: Cases) -> _Members:
-        allowed = np.flatnonzero(allowed_options(layer, case)[0])
-        option = allowed[np.argsort(layer.boundary[allowed], kind="stable")]
-        classes, start, count = np.unique(layer.boundary[option], return_index=True, return_counts=True)
-        return cls(option, layer.seconds[option], layer.resident_bytes[option], classes, start, count)
+    def of(cls, layer: Options, cases: Cases) -> _Members:
+        case, option = np.nonzero(allowed_options(layer, cases))
+        group = case * layer.num_classes + layer.boundary[option]
+        # Of those that end in one class, only what no other beats.
+        kept = pareto_index(layer.seconds[option], layer.resident_bytes[option], group)
+        option, group = option[kept], group[kept]
+        count = np.bincount(group, minlength=len(cases) * layer.num_classes)
+        start = np.cumsum(count) - count
+        return cls(option, layer.seconds[option], layer.resident_bytes[option], group, start, count, layer.num_classes)
 
 
 def _extend(members: _Members, moves: np.ndarray | None, front: _Front | None) -> _Front:
     """Every option of a layer behind every label that is worth extending to the option's class."""
+    classes = members.num_classes
     if front is None or moves is None:
-        label = members.classes.repeat(members.count)
-        return _Front(members.seconds, members.resident, label, np.full(len(label), -1), members.option)
-    arrival = (front.seconds[:, None] + moves[front.label][:, members.classes]).T
-    shape = arrival.shape
-    group = np.broadcast_to(np.arange(shape[0])[:, None], shape).ravel()
-    resident = np.broadcast_to(front.resident, shape).ravel()
-    arrival = arrival.ravel()
-    alive = pareto_index(arrival, resident, group)
+        nothing = np.full(len(members.option), -1)
+        case, label = np.divmod(members.group, classes)
+        return _Front(members.seconds, members.resident, case, label, nothing, members.option)
+    group = (front.case[None] * classes + np.arange(classes)[:, None]).ravel()
+    arrival, resident = (front.seconds + moves[front.label].T).ravel(), np.tile(front.resident, classes)
+    useful = np.flatnonzero(members.count[group])
+    alive = useful[pareto_index(arrival[useful], resident[useful], group[useful])]
     here = group[alive]
     count = members.count[here]
     # Each label that goes on, once for every option of the class it goes on to.
     pair = np.arange(len(alive)).repeat(count)
     option = np.arange(len(pair)) - (np.cumsum(count) - count - members.start[here])[pair]
     source = alive[pair]
+    case, label = np.divmod(here[pair], classes)
     return _Front(
         arrival[source] + members.seconds[option],
         resident[source] + members.resident[option],
-        members.classes[here[pair]],
-        source % shape[1],
+        case,
+        label,
+        source % len(front.seconds),
         members.option[option],
     )
 
 
-def _prune(front: _Front, tails: list[_Tails], index: int, limit: int, multiplier: float, upper_s: float) -> _Front:
+def _prune(asked: _Question, front: _Front, index: int, upper_s: float) -> _Front:
     """Drops labels that no completion makes both fit and fast enough."""
-    priced, fast, small = (tail.cost[index][front.label] for tail in tails)
+    priced, fast, small = (tail.cost[index][front.case, front.label] for tail in asked.tails)
+    limit = asked.limit[front.case]
     alive = front.resident + small <= limit
     alive &= front.seconds + fast < upper_s
-    alive &= front.seconds + priced + multiplier * (front.resident - limit) < upper_s
+    alive &= front.seconds + priced + asked.multiplier[front.case] * (front.resident - limit) < upper_s
     return front.take(np.flatnonzero(alive))
 
 
@@ -207,13 +237,13 @@ def pareto_index(seconds: np.ndarray, resident: np.ndarray, group: np.ndarray) -
     return order[keep]
 
 
-def _offer(front: _Front, tails: list[_Tails], index: int, limit: int, best: _Best) -> None:
+def _offer(asked: _Question, front: _Front, index: int, best: _Best) -> None:
     """Completes every label the way each objective would, and keeps the fastest that fits."""
-    for tail in tails:
-        seconds = front.seconds + tail.seconds[index][front.label]
-        fits = (front.resident + tail.resident[index][front.label] <= limit) & np.isfinite(
-            tail.cost[index][front.label]
-        )
+    where = front.case, front.label
+    limit = asked.limit[front.case]
+    for tail in asked.tails:
+        seconds = front.seconds + tail.seconds[index][where]
+        fits = (front.resident + tail.resident[index][where] <= limit) & np.isfinite(tail.cost[index][where])
         seconds = np.where(fits, seconds, np.inf)
         if len(seconds) and seconds.min() < best.upper_s:
             best.upper_s, best.layer, best.index, best.tails = float(seconds.min()), index, int(seconds.argmin()), tail
@@ -222,12 +252,12 @@ def _offer(front: _Front, tails: list[_Tails], index: int, limit: int, best: _Be
 def _choice(chain: Chain, fronts: list[_Front], best: _Best) -> tuple[int, ...] | None:
     if best.tails is None:
         return None
-    head, at = [], best.index
+    head, at, case = [], best.index, int(fronts[best.layer].case[best.index])
     for front in reversed(fronts[: best.layer + 1]):
         head.append(int(front.option[at]))
         at = int(front.parent[at])
     options = head[::-1]
     for index in range(best.layer, len(chain.layers) - 1):
         label = chain.layers[index].boundary[options[-1]]
-        options.append(int(best.tails.option[index][label]))
+        options.append(int(best.tails.option[index][case, label]))
     return tuple(options)

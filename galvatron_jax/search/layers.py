@@ -21,6 +21,10 @@ from galvatron_jax.search.relaxation import Cases, Paths, shortest_paths
 TOLERANCE = 1e-12
 """Relative difference of seconds that counts as none: rounding of sums in another order."""
 _MAX_STEPS = 60
+_AT_FIRST = 600
+"""Cases that are closed together first, times layers: short chains have few labels, and many cases."""
+_TOGETHER = 20_000
+"""Labels of cases that are closed together, about: more would gain nothing, and each may spare the next some."""
 
 
 @dataclass(frozen=True)
@@ -114,18 +118,21 @@ def relax(chain: Chain, *, budget_bytes: int, upper_s: float = math.inf) -> Rela
 def close(relaxed: Relaxed, *, upper_s: float, deadline: float | None = None) -> Outcome:
     """The fastest solution of a relaxed chain that is faster than `upper_s`, the most promising case first."""
     state = _State(relaxed.chain, upper_s)
-    proven, labels = True, 0
-    for case in np.argsort(relaxed.bound_s, kind="stable"):
-        if not state.open(relaxed.bound_s[case : case + 1])[0]:
+    proven, labels, together = True, 0, max(1, _AT_FIRST // len(relaxed.chain.layers))
+    order = np.argsort(relaxed.bound_s, kind="stable")
+    while len(order):
+        order = order[state.open(relaxed.bound_s[order])]
+        if not len(order):
             break
         if deadline is not None and time.monotonic() > deadline:
             proven = False
             break
+        here, order = order[:together], order[together:]
         closed = close_gap(
             relaxed.chain,
-            relaxed.cases.take(np.array([case])),
-            limit_bytes=int(relaxed.limit_bytes[case]),
-            multiplier=float(relaxed.multiplier[case]),
+            relaxed.cases.take(here),
+            limit_bytes=relaxed.limit_bytes[here],
+            multiplier=relaxed.multiplier[here],
             upper_s=state.upper_s * (1 - TOLERANCE),
             deadline=deadline,
         )
@@ -133,6 +140,7 @@ def close(relaxed: Relaxed, *, upper_s: float, deadline: float | None = None) ->
         proven &= closed.complete
         if closed.options is not None:
             state.offer(closed.options)
+        together = max(1, min(4 * together, _TOGETHER * len(here) // max(closed.labels, 1)))
     return Outcome(state.best, proven, labels)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from galvatron_jax.search.chain import Chain, Options
-from galvatron_jax.search.layers import close, relax
+from galvatron_jax.search.layers import Relaxed, close, relax
 from galvatron_jax.search.pipeline import Pipeline, StageOptions
 
 _ROUNDING = 1e-12
@@ -86,14 +86,33 @@ def sending(problem: Pipeline, start: int, stop: int, weight: Weight) -> float:
     return seconds
 
 
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """What is known of a stage."""
+
+    below: float
+    """Seconds that it was asked to be below."""
+    least: Least
+    relaxed: Relaxed | None
+    """What the exact answer begins with; None where this is it."""
+
+
 @dataclass
 class Known:
     """What was found, for all problems of a search."""
 
-    least: dict[tuple, tuple[float, Least, tuple]] = field(default_factory=dict)
-    """With the seconds that they had to be below, and the layers and moves that keys name."""
+    answers: dict[tuple, _Answer] = field(default_factory=dict)
+    parts: dict[tuple[int, ...], tuple[int, tuple]] = field(default_factory=dict)
+    """Layers and moves that stages are made of, by their identities: a number for them, and themselves."""
     weights: dict[tuple, tuple[Weight, ...]] = field(default_factory=dict)
     """Of the stages: those that bounded some cut well, per schedule, degree and number of micro-batches."""
+
+    def number(self, parts: tuple) -> int:
+        """A number for some layers and moves, the same whenever they are the same."""
+        key = tuple(map(id, parts))
+        if key not in self.parts:
+            self.parts[key] = len(self.parts), parts
+        return self.parts[key][0]
 
 
 @dataclass
@@ -106,12 +125,15 @@ class StageMinima:
     deadline: float | None = None
     known: Known = field(default_factory=Known, repr=False)
     """Problems made of the same layers may share it."""
+    _keys: dict[tuple[int, int, int], tuple] = field(default_factory=dict, repr=False)
 
     def limit(self, stage: int, start: int, stop: int) -> int:
         """Bytes for the options of a stage."""
         return int(self.budget_bytes) - self.problem.kept_bytes(stage, start, stop)
 
-    def least(self, stage: int, start: int, stop: int, weight: Weight, *, below: float = math.inf) -> Least:
+    def least(
+        self, stage: int, start: int, stop: int, weight: Weight, *, below: float = math.inf, exact: bool = True
+    ) -> Least:
         """The least weighted seconds of a stage, if they are below some.
 
         Args:
@@ -120,25 +142,46 @@ class StageMinima:
             stop: the layer after its last.
             weight: of its seconds.
             below: more is infinite.
+            exact: whether a bound by relaxation, and a choice that may take more, will not do.
         """
-        problem, limit = self.problem, self.limit(stage, start, stop)
-        parts = (*(problem.options(layer, start) for layer in range(start, stop)), *problem.moves[start : stop - 1])
-        ends = (start > 0, stop < len(problem.layers), problem.recomputes and stage == problem.num_stages - 1)
-        fixed = sending(problem, start, stop, weight)
-        key = (problem.residuals_kept(stage), limit, weight, problem.recomputes, ends, fixed, tuple(map(id, parts)))
-        asked, found, _ = self.known.least.get(key, (-math.inf, Least(math.inf, None), ()))
-        if math.isinf(found.seconds) and asked < below:
-            found = self._solve(stage_chain(problem, stage, start, stop, weight), limit, below - fixed)
-            found = Least((found.seconds + fixed) * (1 - _ROUNDING), found.options)
-            self.known.least[key] = below, found, parts
-        return found
+        fixed = sending(self.problem, start, stop, weight)
+        key = (self._key(stage, start, stop), weight, fixed)
+        known = self.known.answers.get(key)
+        if known is not None and exact and known.relaxed is not None:
+            known = self._exact(known.relaxed, known.below, fixed)
+        if known is None or (math.isinf(known.least.seconds) and known.below < below):
+            chain = stage_chain(self.problem, stage, start, stop, weight)
+            known = self._relaxed(chain, self.limit(stage, start, stop), below, fixed)
+            if exact and known.relaxed is not None:
+                known = self._exact(known.relaxed, below, fixed)
+        self.known.answers[key] = known
+        return known.least
 
-    def _solve(self, chain: Chain, limit: int, below: float) -> Least:
-        relaxed = relax(chain, budget_bytes=limit, upper_s=below)
-        known = below if relaxed.solution is None else relaxed.solution.seconds
+    def _key(self, stage: int, start: int, stop: int) -> tuple:
+        """What a stage's seconds and bytes follow from."""
+        ends = (stage, start, stop)
+        if ends not in self._keys:
+            problem = self.problem
+            parts = (*(problem.options(layer, start) for layer in range(start, stop)), *problem.moves[start : stop - 1])
+            last = problem.recomputes and stage == problem.num_stages - 1
+            self._keys[ends] = (
+                problem.residuals_kept(stage), self.limit(*ends), problem.recomputes, start > 0,
+                stop < len(problem.layers), last, self.known.number(parts),
+            )  # fmt: skip
+        return self._keys[ends]
+
+    def _relaxed(self, chain: Chain, limit: int, below: float, fixed: float) -> _Answer:
+        relaxed = relax(chain, budget_bytes=limit, upper_s=below - fixed)
+        best = relaxed.solution
+        seconds = min(relaxed.least_s, math.inf if best is None else best.seconds)
+        least = Least((seconds + fixed) * (1 - _ROUNDING), None if best is None else best.options)
+        return _Answer(below, least, relaxed if len(relaxed.bound_s) else None)
+
+    def _exact(self, relaxed: Relaxed, below: float, fixed: float) -> _Answer:
+        known = below - fixed if relaxed.solution is None else relaxed.solution.seconds
         closed = close(relaxed, upper_s=known, deadline=self.deadline)
         best = closed.solution or relaxed.solution
         seconds = math.inf if best is None else best.seconds
         if not closed.proven:
             seconds = min(seconds, relaxed.least_s)
-        return Least(seconds, None if best is None else best.options)
+        return _Answer(below, Least((seconds + fixed) * (1 - _ROUNDING), None if best is None else best.options), None)

@@ -31,7 +31,9 @@ TOLERANCE = 1e-12
 """Relative difference of seconds that counts as none: rounding of sums in another order."""
 _GUESSES = (1.003, 1.01, 1.03, 1.1, 1.3, 2.0)
 """Tried in turn, as multiples of the lower bound: seconds of the best plan."""
-_FAR = (1.3, 2.0)
+_NEAR = (1.003, 1.01, 1.03, 1.05, 1.08, 1.11, 1.15, 1.2, 1.3, 1.5, 2.0)
+"""The same, for cuts."""
+_FAR = (1.03, 1.08, 1.15, 1.3, 2.0)
 """The same, where stages are solved for all of them at once."""
 _NEIGHBOURS = 4
 """Moved cuts whose options are exchanged, the fastest."""
@@ -374,7 +376,7 @@ class PipelineSolver:
         for most in self._aims(upper_s, _FAR):
             minima = StageMinima(self.problem, self.budget_bytes, self.deadline, self.known)
             finder = CutFinder(self.problem, self.bounds, minima, most)
-            for aim in self._aims(most):
+            for aim in self._aims(most, _NEAR):
                 found, left_open = self._solve_cuts(finder, minima, aim)
                 if found is not None or left_open < math.inf:
                     return found, max(bound, left_open)

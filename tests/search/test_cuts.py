@@ -73,6 +73,21 @@ def test_the_least_of_a_stage_is_that_of_all_its_choices(seed: int) -> None:
 
 @SOME
 @given(SEEDS)
+def test_the_least_of_a_stage_does_not_depend_on_what_was_asked_before(seed: int) -> None:
+    problem, budget = one_chunk(seed)
+    starts = cuts_of(problem)[seed % len(cuts_of(problem))]
+    for stage, ends in enumerate(itertools.pairwise((*starts, len(problem.layers)))):
+        for weight in WEIGHTS:
+            least = StageMinima(problem, budget).least(stage, *ends, weight).seconds
+            asked = StageMinima(problem, budget)
+            for part, exact in ((0.999, False), (1.001, False), (0.999, True)):
+                found = asked.least(stage, *ends, weight, below=part * least, exact=exact).seconds
+                assert found <= least * (1 + 1e-9) or (part < 1 and found == math.inf)
+            assert asked.least(stage, *ends, weight).seconds == pytest.approx(least, rel=1e-9)
+
+
+@SOME
+@given(SEEDS)
 def test_cuts_that_are_left_out_hold_nothing_better_and_the_others_take_no_less_than_they_say(seed: int) -> None:
     problem, budget = one_chunk(seed)
     bounds = Bounds.of(problem, budget)
