@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # On a machine with NVIDIA GPUs, JAX comes with CUDA.
 EXTRAS := $(if $(shell command -v nvidia-smi 2>/dev/null),[cuda])
 
-PYTEST := $(BIN)/python -m pytest -n 2
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 PYTEST_ARGS ?=
 
 BENCHMARKS := planning_speed large_model compile_time step_overhead
