@@ -131,5 +131,9 @@ def test_a_composite_with_gradient_computes_what_one_device_does_on_many_shapes(
     _gradient(name, data)
 
 
+BUILT_IN = frozenset(SHARDING_RULES)
+"""Before any test: the documentation's examples register rules of their own."""
+
+
 def test_every_rule_is_tested() -> None:
-    assert set(SHARDING_RULES) - set(MAKERS) - set(UNREACHED) == set()
+    assert BUILT_IN - set(MAKERS) - set(UNREACHED) == set()
