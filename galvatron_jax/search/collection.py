@@ -6,6 +6,9 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_AT_START = gc.get_freeze_count()
+"""Objects that Python itself has put aside: none before Python 3.12, some hundred since."""
+
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
@@ -21,7 +24,7 @@ def collection_paused() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            if not gc.get_freeze_count():
+            if gc.get_freeze_count() <= _AT_START:
                 # Puts all objects aside, and back among the oldest; what others have put aside stays there.
                 gc.freeze()
                 gc.unfreeze()
