@@ -15,7 +15,7 @@ import jax
 from galvatron_jax.partition.layer_plan import BoundarySpec
 from galvatron_jax.partition.layers import LocalPlan
 from galvatron_jax.runtime.emit import STAND_INS, LayerProgram
-from galvatron_jax.runtime.execution import Executor, Repeats, Tape
+from galvatron_jax.runtime.execution import Executor, Repeats, Tape, orders_dims
 from galvatron_jax.runtime.runs import Layouts, Run, Way, loop_of
 from galvatron_jax.runtime.storage import Storage
 from galvatron_jax.spec.model import PortRole
@@ -133,7 +133,7 @@ def timed_loop(
     specs |= {name: local.output_spec(port) for port, names in enumerate(run.outputs) for name in names}
     whole = dict.fromkeys(specs, ())  # Shapes are read where something moves.
     storage = Storage((), {}, {}, {})
-    ordered = jax.devices()[0].platform != "cpu"
+    ordered = orders_dims(jax.devices()[0])
     executor = LoneExecutor(
         traced, [run], Layouts(mesh, specs, whole), storage, [Repeats.of(strategy)], ordered=ordered
     )

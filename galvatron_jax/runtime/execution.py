@@ -443,6 +443,11 @@ def _added_at(total: Any, index: Any, x: Any) -> Any:
     return lax.dynamic_update_index_in_dim(total, row + x, index, 0)
 
 
+def orders_dims(device: jax.Device) -> bool:
+    """Whether an executor for a device is `ordered`: where the compiler is not the one for CPUs."""
+    return device.platform != "cpu"
+
+
 def make_executor(
     traced: Traced, plan: Plan, runs: Sequence[Run], layouts: Layouts, *, ordered: bool = True
 ) -> Executor:

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from galvatron_jax.errors import PlanMismatchError
 from galvatron_jax.runtime.annotate import AnnotateExecutor, accumulate
 from galvatron_jax.runtime.birth import birth_specs
-from galvatron_jax.runtime.execution import Executor, Gradients, make_executor
+from galvatron_jax.runtime.execution import Executor, Gradients, make_executor, orders_dims
 from galvatron_jax.runtime.optimizer import OptimizerProgram, make_optimizer
 from galvatron_jax.runtime.pipeline import PipelineStep
 from galvatron_jax.runtime.program import State, StepProgram
@@ -68,7 +68,7 @@ def build_step(
         raise PlanMismatchError(
             f"executor: `annotate` runs plans of one stage, this one has {len(stages)}; use the executor `local`."
         )
-    ordered = devices[0].platform != "cpu"
+    ordered = orders_dims(devices[0])
     executors = [make_executor(traced, plan, runs, layouts, ordered=ordered) for runs in stages]
     if plan.executor == "annotate":
         local = executors[0]
