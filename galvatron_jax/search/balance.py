@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -72,6 +73,11 @@ class _Stages:
     """First layer of a stage by its end and length, 0 where there is none. int64[layers + 1, lengths]"""
     sending: tuple[np.ndarray, np.ndarray]
     """Seconds to send forward at a stage's end, and back at its start. float64[layers + 1]"""
+
+    @cached_property
+    def where(self) -> tuple[np.ndarray, ...]:
+        """Stage, end and length of what is open."""
+        return self.open.nonzero()
 
     @classmethod
     def of(cls, problem: Pipeline, bounds: Bounds, upper_s: float) -> _Stages | None:
@@ -136,12 +142,17 @@ class _Stages:
         total = np.concatenate([np.zeros((*price.shape, 1)), layers.cumsum(-1)], axis=-1)
         begin = np.concatenate([extra, np.zeros((*price.shape, 1))], axis=-1) - total
         begin -= price[..., None] * self.limit[:, None]
-        found = total[..., None] + begin[..., self.first]
-        best = found.argmax(1)
-        cost = np.maximum(found.max(1), 0.0) if self.problem.num_chunks == 1 else found.max(1)
+        # Few ends and lengths are open to each stage.
+        stage, stop, length = where = self.where
+        start = self.first[stop, length]
+        found = total[stage, :, stop] + begin[stage, :, start]
+        best = np.zeros(self.open.shape, np.int64)
+        best[where] = found.argmax(1)
+        least = np.maximum(found.max(1), 0.0) if self.problem.num_chunks == 1 else found.max(1)
         ends, starts = self.sending
-        cost = cost + weight[:, 0, None, None] * ends[None, :, None] + weight[:, 1, None, None] * starts[self.first]
-        return np.where(self.open, cost, np.inf), (best, np.stack(chosen, axis=-1), np.stack(chosen_first, axis=-1))
+        cost = np.full(self.open.shape, np.inf)
+        cost[where] = least + weight[stage, 0] * ends[stop] + weight[stage, 1] * starts[start]
+        return cost, (best, np.stack(chosen, axis=-1), np.stack(chosen_first, axis=-1))
 
     def _kept(self, stage: int) -> int:
         # Where chunks share a group, another chunk's residual may be the one that is held.

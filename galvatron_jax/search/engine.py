@@ -32,6 +32,8 @@ from galvatron_jax.spec.plan import MeshAxis, Plan
 from galvatron_jax.spec.profile import Profile
 
 _DEFAULT_SPACE = SearchSpace()
+_LEADERS = 6
+"""Problems of one stage that are looked at before pipelines are, the most promising."""
 _ROUNDING = 1e-9
 """Relative difference of seconds summed in another order."""
 
@@ -197,17 +199,23 @@ def _plan_of(best: Best | PipelineBest, *, memory_bytes: int) -> Plan:
 
 
 def _attempt(request: _Request) -> _Attempt:
-    """Builds and solves all problems: one stage first, whose best bounds the pipelines."""
+    """Builds and solves all problems.
+
+    Plans of one stage and pipelines bound each other: some of one stage, drafts of pipelines, the rest of both.
+    """
     effort, budget = Effort(), request.budget_bytes
     space = request.space
     problems = _chains(request, effort) if space.pipeline_degrees is None or 1 in space.pipeline_degrees else []
     chains = Chains(problems, budget, effort)
-    chains.relax()
+    chains.relax(leaders=_LEADERS)
     layouts = layouts_of(request.meshes, space)
     models = [(layout, _costs(request, layout.stage_axes, layout.pipeline_axes)) for layout in layouts]
-    others = PipelineSearch(
+    pipelines = PipelineSearch(
         request.global_batch, budget, space, effort, deadline=request.deadline, progress=request.progress
-    ).run(models, chains.upper_s)
+    )
+    pipelines.draft(models, chains.upper_s)
+    chains.relax(upper_s=pipelines.upper_s)
+    others = pipelines.close(chains.upper_s)
     upper = others[-1].solution.seconds if others else math.inf
     chains.close(upper_s=upper, deadline=request.deadline)
     best: Best | PipelineBest | None = others[-1] if others and upper < chains.upper_s else chains.best

@@ -35,6 +35,8 @@ _NEAR = (1.003, 1.01, 1.03, 1.05, 1.08, 1.11, 1.15, 1.2, 1.3, 1.5, 2.0)
 """The same, for cuts."""
 _FAR = (1.03, 1.08, 1.15, 1.3, 2.0)
 """The same, where stages are solved for all of them at once."""
+_WORTH_A_GUESS = 0.98
+"""Part of the seconds to beat above which a guess leaves about as much to look at as they do."""
 _NEIGHBOURS = 4
 """Moved cuts whose options are exchanged, the fastest."""
 _EXACT_LABELS = 200_000
@@ -419,7 +421,7 @@ class PipelineSolver:
     def _aims(self, upper_s: float, factors: tuple[float, ...] = _GUESSES) -> Iterator[float]:
         """Seconds to beat: a tight guess leaves little to look at, and what beats it is the best."""
         bound = self.bound_s
-        yield from (bound * factor for factor in factors if bound * factor < upper_s)
+        yield from (bound * factor for factor in factors if bound * factor < upper_s * _WORTH_A_GUESS)
         yield upper_s
 
     def _attempt(self, aim_s: float, builder: FrontBuilder | SketchBuilder) -> _Solver:

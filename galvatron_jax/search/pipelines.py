@@ -150,15 +150,26 @@ class PipelineSearch:
     _upper_s: float = math.inf
     _found: list[PipelineBest] = field(default_factory=list)
     _known: Known = field(default_factory=Known, repr=False)
+    _drafted: list[_Drafted] = field(default_factory=list, repr=False)
 
     def run(self, models: Sequence[tuple[Layout, CostModel]], upper_s: float) -> list[PipelineBest]:
         """Ever faster solutions that fit and beat `upper_s`; the last is the best.
 
         What is not proven is noted as the least bound that is still open.
         """
-        self._upper_s = upper_s
+        self.draft(models, upper_s)
+        return self.close(upper_s)
+
+    @property
+    def upper_s(self) -> float:
+        """Seconds of the best plan known."""
+        return self._upper_s
+
+    def draft(self, models: Sequence[tuple[Layout, CostModel]], upper_s: float) -> None:
+        """The first round: good solutions, and bounds of the others."""
+        self._upper_s = min(upper_s, self._upper_s)
         builders = [PipelineBuilder(TableBuilder(costs, self.space, self.effort.pruned)) for _, costs in models]
-        cells, drafted = self._cells(models), []
+        cells = self._cells(models)
         for step, cell in enumerate(cells):
             layout = models[cell.index][0]
             pipelinings = self._pipelinings(layout, cell, len(models[cell.index][1].model.layers))
@@ -167,9 +178,14 @@ class PipelineSearch:
                 continue
             if self.progress is not None and pipelinings:
                 self.progress(step, len(cells), f"planning {layout.degree} stages with {cell.count} micro-batches")
-            drafted += self._draft(self._problems(builders[cell.index], layout, cell.count, pipelinings))
-        self._close(self._improve(drafted))
+            self._drafted += self._draft(self._problems(builders[cell.index], layout, cell.count, pipelinings))
         self._count(builders)
+
+    def close(self, upper_s: float) -> list[PipelineBest]:
+        """The other rounds, when something is known that takes `upper_s`. Returns what `run` does."""
+        self._upper_s = min(upper_s, self._upper_s)
+        self._improve(self._drafted)
+        self._close(self._drafted)
         return self._found
 
     def _cells(self, models: Sequence[tuple[Layout, CostModel]]) -> list[_Cell]:
@@ -250,8 +266,8 @@ class PipelineSearch:
             self._offer(problem, solution)
             yield _Drafted(problem, bound, solution)
 
-    def _improve(self, drafted: list[_Drafted]) -> list[_Drafted]:
-        """Improves the fastest drafts, of those that differ in the layouts of tied parameters one. Returns all."""
+    def _improve(self, drafted: list[_Drafted]) -> None:
+        """Improves the fastest drafts, of those that differ in the layouts of tied parameters one."""
         best: dict[tuple, _Drafted] = {}
         for one in sorted(drafted, key=lambda one: one.seconds):
             best.setdefault((one.problem.pipelining, one.problem.batching), one)
@@ -273,7 +289,6 @@ class PipelineSearch:
             solver = self._solver(pipeline)
             if solver is not None and one.solution is not None and not self._late():
                 self._offer(one.problem, solver.improve(one.solution))
-        return drafted
 
     def _close(self, drafted: list[_Drafted]) -> None:
         """Solves exactly what is still open, the lowest bound first."""

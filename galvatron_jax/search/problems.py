@@ -117,8 +117,8 @@ def _enough(problems: list[Problem], builder: ChainBuilder, memory_bytes: int) -
     if not (problems and derived and builder.tables.space.applies(Rule.MICROBATCHES_ON_DEMAND)):
         return False
     best = min(problems, key=lambda problem: problem.bound_s)
-    found = relax(best.chain, budget_bytes=memory_bytes - best.fixed_bytes).solution
-    return found is not None and found.seconds <= best.bound_s * (1 + TOLERANCE)
+    budget, below = memory_bytes - best.fixed_bytes, best.bound_s * (1 + TOLERANCE)
+    return relax(best.chain, budget_bytes=budget, upper_s=math.nextafter(below, math.inf)).solution is not None
 
 
 def _problems(builder: ChainBuilder, global_batch: int, count: int) -> Iterator[Problem]:
@@ -150,22 +150,38 @@ class Chains:
     best: Best | None = None
     """The fastest that fits, so far."""
     _relaxed: list[tuple[Problem, Relaxed]] = field(default_factory=list, repr=False)
+    _waiting: list[Problem] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._waiting = self.problems
 
     @property
     def upper_s(self) -> float:
         """Seconds of the best."""
         return self.best.solution.seconds if self.best is not None else math.inf
 
-    def relax(self) -> None:
-        """Finds a good solution."""
-        for problem in self.problems:
-            if problem.bound_s >= self.upper_s:
-                break
-            found = relax(problem.chain, budget_bytes=self.memory_bytes - problem.fixed_bytes, upper_s=self.upper_s)
+    def relax(self, *, upper_s: float = math.inf, leaders: int | None = None) -> None:
+        """Finds a good solution; asked again, it goes on with the problems that are left.
+
+        Args:
+            upper_s: only faster solutions count.
+            leaders: how many problems to look at, no two of which differ in the layouts of the batch and of tied
+                parameters alone; None looks at all.
+        """
+        waiting, seen = [], set()
+        for problem in self._waiting:
+            upper = min(upper_s, self.upper_s)
+            key = id(problem.builder), problem.batching.num_microbatches
+            if problem.bound_s >= upper or (leaders is not None and (key in seen or len(seen) == leaders)):
+                waiting.append(problem)
+                continue
+            seen.add(key)
+            found = relax(problem.chain, budget_bytes=self.memory_bytes - problem.fixed_bytes, upper_s=upper)
             self._relaxed.append((problem, found))
             self.effort.solved += 1
             if found.solution is not None:
                 self.best = Best(problem, found.solution)
+        self._waiting = waiting
 
     def close(self, *, upper_s: float = math.inf, deadline: float | None = None) -> None:
         """Finds the best solution, if it is faster than `upper_s`."""
