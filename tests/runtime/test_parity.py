@@ -16,7 +16,7 @@ from galvatron_jax.trace.functional import named_leaves
 from tests.models import MODELS
 
 from .matrix import PLANS, Case, parameters
-from .reference import OPTIMIZERS, Trajectory, batches, either, initial, reference, to_numpy
+from .reference import OPTIMIZERS, Trajectory, batches, either, initial, reference, relative_difference, to_numpy
 
 TOLERANCE = 1e-5
 """Of the norm of a difference, relative to the norm of the reference, per leaf, in fp32."""
@@ -39,8 +39,7 @@ def differences(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray
         if not np.issubdtype(leaf.dtype, np.floating):
             errors[path] = 0.0 if np.array_equal(leaf, reference_leaf) else np.inf
             continue
-        norm = np.linalg.norm(reference_leaf.astype(np.float64))
-        errors[path] = np.linalg.norm(leaf.astype(np.float64) - reference_leaf) / max(norm, 1e-30)
+        errors[path] = relative_difference(leaf, reference_leaf)
     return {path: error for path, error in errors.items() if not error <= TOLERANCE}
 
 
