@@ -87,7 +87,7 @@ def _save(arguments: Search, result: SearchResult, output: Output) -> None:
 def _check(arguments: Search, question: Question, result: SearchResult, output: Output) -> Checked:
     limit_s = arguments.time_limit or _CHECK_LIMIT_S
     output.say(f"Checking with an independent solver, for up to {limit_s:g} s …")
-    checked = check_winner(question, result.plan, time_limit_s=limit_s)
+    checked = check_winner(question, result.plan, time_limit_s=limit_s, spare_bytes=result.statistics.spare_bytes)
     output.show([f"Check: {checked.verdict}"])
     return checked
 

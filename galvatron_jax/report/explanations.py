@@ -28,6 +28,7 @@ _REMOVES = {
     Rule.ULYSSES_WITH_TP: "Ulysses together with tensor parallelism in one layer",
     Rule.MICROBATCHES_ON_DEMAND: "numbers of micro-batches beyond those with which the fastest plan fits",
     Rule.BATCH_AXES: "layouts of a pipeline's batch over fewer of a stage's axes than divide it",
+    Rule.ONE_PROGRAM: "pipelines whose groups fit each by itself, but not as one program",
     Rule.AFFINE_IN_MICROBATCH: "layer plans read off another micro-batch's instead of planned",
 }
 
@@ -123,4 +124,4 @@ def _parts(prediction: Prediction) -> list[str]:
         time.update_s,
         time.bubble_s,
     )
-    return [*(format_seconds(part) if part else "–" for part in parts), format_bytes(prediction.largest.total_bytes)]
+    return [*(format_seconds(part) if part else "–" for part in parts), format_bytes(prediction.peak_bytes)]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from galvatron_jax.report.schedule_picture import timeline_text
 from galvatron_jax.report.text import facts, per_second, share, titled
@@ -18,6 +19,7 @@ from galvatron_jax.units import format_bytes, format_seconds
 
 _MOST_GROUPS, _MOST_BLOCKS = 16, 16
 """Groups of devices, and blocks of each, up to which a timeline is printed as text."""
+_ROOM = "room: one program serves all groups, and holds the most of each part that any of them needs"
 _ZERO_STAGES = ("–", "1: optimizer state", "2: + gradients", "3: + parameters")
 
 
@@ -122,9 +124,9 @@ def memory_table(plan: Plan) -> Group:
     for name, count in _memory_parts(memory):
         table.add_row(name, format_bytes(count))
     table.add_section()
-    table.add_row("total", format_bytes(memory.total_bytes), style="bold")
+    table.add_row("total", format_bytes(memory.peak_bytes), style="bold")
     if budget is not None:
-        table.add_row("budget", f"{format_bytes(budget)}, {share(memory.total_bytes, budget)} used")
+        table.add_row("budget", f"{format_bytes(budget)}, {share(memory.peak_bytes, budget)} used")
     return titled(f"Predicted memory per device: {plan_title(plan)}", table)
 
 
@@ -132,17 +134,38 @@ def _group_memory_table(plan: Plan) -> Group:
     assert plan.prediction is not None
     budget = plan.prediction.memory_budget_bytes
     table = Table()
-    for name in ("group", "parameters", "optimizer", "gradients", "activations", "workspace", "other"):
+    for name in (
+        "group",
+        "parameters",
+        "optimizer",
+        "gradients",
+        "copies",
+        "activations",
+        "workspace",
+        "other",
+        "room",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("total", justify="right", style="bold", no_wrap=True)
     if budget is not None:
         table.add_column("used", justify="right", no_wrap=True)
     for number, memory in enumerate(plan.prediction.memory):
-        *parts, batch, state = (count for _, count in _memory_parts(memory))
-        cells = [format_bytes(count) for count in (*parts, batch + state, memory.total_bytes)]
-        table.add_row(str(number), *cells, *([] if budget is None else [share(memory.total_bytes, budget)]))
+        counts = (
+            memory.parameter_bytes,
+            memory.optimizer_bytes,
+            memory.gradient_bytes,
+            memory.copied_bytes,
+            memory.residual_bytes,
+            memory.workspace_bytes,
+            memory.batch_bytes + memory.state_bytes,
+            memory.padded_bytes + memory.reserved_bytes,
+            memory.peak_bytes,
+        )
+        cells = [format_bytes(count) for count in counts]
+        table.add_row(str(number), *cells, *([] if budget is None else [share(memory.peak_bytes, budget)]))
     of_budget = "" if budget is None else f" of {format_bytes(budget)}"
-    return titled(f"Predicted memory per device{of_budget}: {plan_title(plan)}", table)
+    title = f"Predicted memory per device{of_budget}: {plan_title(plan)}"
+    return Group(titled(title, table), Text(_ROOM))
 
 
 def plan_facts(plan: Plan) -> Group:

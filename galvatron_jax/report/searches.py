@@ -35,7 +35,7 @@ def runners_up_table(result: SearchResult) -> Group:
     table.add_column("memory per device", justify="right")
     table.add_column("why not")
     for other in result.runners_up:
-        memory = other.prediction.largest.total_bytes
+        memory = other.prediction.peak_bytes
         step = format_seconds(other.prediction.time.step_s)
         table.add_row(other.family, step, format_bytes(memory), other.reason(result.prediction))
     return titled(f"Runners-up: {plan_title(result.plan)}", table)

@@ -149,7 +149,7 @@ def _cells(cell: SweepCell) -> list[str]:
     return [
         format_seconds(result.prediction.time.step_s),
         per_second(result.examples_per_s),
-        format_bytes(result.prediction.largest.total_bytes),
+        format_bytes(result.prediction.peak_bytes),
         describe_plan(result.plan) + proof,
     ]
 

@@ -63,16 +63,17 @@ class Checked:
         )
 
 
-def check_winner(question: Question, plan: Plan, *, time_limit_s: float) -> Checked:
+def check_winner(question: Question, plan: Plan, *, time_limit_s: float, spare_bytes: int = 0) -> Checked:
     """Solves the winner's own problem anew, by trying all where that is little, else by HiGHS.
 
     Args:
         question: what was asked.
         plan: the search's answer.
         time_limit_s: for HiGHS.
+        spare_bytes: of the budget, what its groups were not given for their own stages.
     """
     assert plan.prediction is not None
-    search_s, budget = plan.prediction.time.step_s, question.budget_bytes
+    search_s, budget = plan.prediction.time.step_s, question.budget_bytes - spare_bytes
     brackets, oracles = [], set()
     for problem, fixed in _problems(question, plan):
         small = _choices(problem) <= _MOST_CHOICES

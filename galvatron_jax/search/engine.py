@@ -189,7 +189,7 @@ def _thought_bytes(best: Best | PipelineBest) -> list[int]:
     """Per group of devices, what the search counted."""
     if isinstance(best, Best):
         return [best.solution.bytes + best.problem.fixed_bytes]
-    return [size + best.problem.pipeline.fixed_bytes for size in best.solution.bytes]
+    return best.problem.own_bytes(best.solution)
 
 
 def _plan_of(best: Best | PipelineBest, *, memory_bytes: int) -> Plan:
@@ -286,6 +286,7 @@ def _statistics(found: _Attempt, seconds: float) -> SearchStatistics:
         bound_s=min(effort.open_s, found.best.solution.seconds),
         step_s=found.best.solution.seconds,
         unlimited_s=found.unlimited_s,
+        spare_bytes=found.best.problem.spare_bytes if isinstance(found.best, PipelineBest) else 0,
     )
 
 

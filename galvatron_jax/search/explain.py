@@ -25,6 +25,8 @@ _MEMORY_PARTS = {
     "workspace_bytes": "workspace",
     "batch_bytes": "batch",
     "state_bytes": "model state",
+    "padded_bytes": "room for longer groups' state",
+    "reserved_bytes": "room for other groups' work",
 }
 
 
@@ -59,7 +61,7 @@ class RunnerUp:
         mine = self.prediction
         if not self.fits:
             budget = mine.memory_budget_bytes or 0
-            need = mine.largest.total_bytes
+            need = mine.peak_bytes
             return f"needs {format_bytes(need)}, {format_bytes(need - budget)} more than there is"
         slower = mine.time.step_s / winner.time.step_s - 1
         differences = {
@@ -95,6 +97,8 @@ class SearchStatistics:
     """Seconds of the winner's step."""
     unlimited_s: float
     """Seconds of a step of one stage with unlimited memory."""
+    spare_bytes: int = 0
+    """Of the budget, what the winner's groups were not given for their own stages; see `PipelineProblem`."""
 
     @property
     def gap(self) -> float:
@@ -144,7 +148,7 @@ def time_rows(time: TimeBreakdown) -> tuple[Row, ...]:
 
 def memory_rows(memory: MemoryBreakdown) -> tuple[Row, ...]:
     """Where a device's memory goes, the largest part first; what takes none is left out."""
-    return _rows({name: getattr(memory, part) for part, name in _MEMORY_PARTS.items()}, memory.total_bytes)
+    return _rows({name: getattr(memory, part) for part, name in _MEMORY_PARTS.items()}, memory.peak_bytes)
 
 
 def _rows(parts: dict[str, float], total: float) -> tuple[Row, ...]:
@@ -209,7 +213,7 @@ def _lines(result: SearchResult) -> list[str]:
         lines.append("Runners-up")
     lines += [
         f"  {other.family}: {format_seconds(other.prediction.time.step_s)}, "
-        f"{format_bytes(other.prediction.largest.total_bytes)}; {other.reason(prediction)}"
+        f"{format_bytes(other.prediction.peak_bytes)}; {other.reason(prediction)}"
         for other in result.runners_up
     ]
     proof = "the optimum of the cost model"
@@ -226,7 +230,7 @@ def _lines(result: SearchResult) -> list[str]:
 
 def _memory_lines(prediction: Prediction, statistics: SearchStatistics) -> list[str]:
     memory, budget = prediction.largest, prediction.memory_budget_bytes
-    lines = [f"Predicted memory: {format_bytes(memory.total_bytes)} per device"]
+    lines = [f"Predicted memory: {format_bytes(memory.peak_bytes)} per device"]
     if budget is not None:
         lines[0] += f" of {format_bytes(budget)}"
     lines += [f"  {row.share:6.1%}  {format_bytes(row.value):>10}  {row.name}" for row in memory_rows(memory)]

@@ -44,7 +44,7 @@ def nothing_fits(
     assert plan.prediction is not None
     memory = plan.prediction.largest
     largest = memory_rows(memory)[0]
-    need = memory.total_bytes
+    need = plan.prediction.peak_bytes
     message = (
         f"No plan of {plan.model!r} with a global batch of {plan.global_batch} fits in {format_bytes(memory_bytes)} "
         f"per device on {plan.num_devices} × {nearest.problem.costs.cluster.device.name}. "
@@ -66,12 +66,14 @@ def _stage_over(plan: Plan, memory_bytes: int) -> str:
         for index, memory in enumerate(plan.prediction.memory)
         if memory.total_bytes > memory_bytes
     ]
+    if not over:
+        return "Each group's own stages fit; the one program of all groups holds the most of each part that any needs. "
     return f"Over the budget: {', '.join(over)}. "
 
 
 def _remedies(nearest: Best | PipelineBest, plan: Plan, memory_bytes: int, space: SearchSpace) -> list[str]:
     assert plan.prediction is not None
-    need = plan.prediction.largest.total_bytes
+    need = plan.prediction.peak_bytes
     remedies = [f"a budget of {-(-need // MIB)} MiB per device"]
     larger = _on_more_devices(nearest, plan, memory_bytes)
     if larger is not None:

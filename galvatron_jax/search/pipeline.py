@@ -103,6 +103,8 @@ class Pipeline:
     ties: tuple[Tie, ...] = ()
     fixed_bytes: int = 0
     """On every device whatever the strategies: batch, state, unread parameters."""
+    slots_alike: bool = False
+    """Whether every group has room for as many micro-batches in flight as any other."""
 
     @property
     def num_stages(self) -> int:
@@ -116,13 +118,17 @@ class Pipeline:
 
     @cached_property
     def in_flight(self) -> tuple[int, ...]:
-        """Per virtual stage, micro-batches whose input it holds at once."""
-        return in_flight(
+        """Per virtual stage, micro-batches whose input it has room for."""
+        own = in_flight(
             self.schedule,
             num_stages=self.degree,
             num_microbatches=self.num_microbatches,
             num_chunks=self.num_chunks,
         )
+        if not self.slots_alike:
+            return own
+        chunks = [own[first : first + self.degree] for first in range(0, self.num_stages, self.degree)]
+        return tuple(max(chunk) for chunk in chunks for _ in chunk)
 
     @cached_property
     def kinds(self) -> TickKinds:

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from galvatron_jax.cost.model import Batching, CostModel
-from galvatron_jax.cost.pipeline import Pipelining
+from galvatron_jax.cost.pipeline import Pipelining, predict_pipeline
 from galvatron_jax.search.bounds import seconds_of_work
 from galvatron_jax.search.minima import Known
 from galvatron_jax.search.partition import TOLERANCE, PipelineSolver
-from galvatron_jax.search.pipeline import Pipeline, PipelineSolution
+from galvatron_jax.search.pipeline import Pipeline, PipelineSolution, evaluate
 from galvatron_jax.search.problems import Effort, Progress
 from galvatron_jax.search.space import Rule, SearchSpace, batch_axes_for
 from galvatron_jax.search.stages import PipelineBuilder
@@ -28,6 +28,8 @@ _IMPROVED = 3
 _THOROUGH = 4000
 """Options of all layers together up to which the best draft is improved as far as it goes: more take seconds, and
 gain some thousandths of a percent."""
+_SPARINGS = 4
+"""Times that a problem is solved, with ever less of the budget, until its program fits."""
 _GROWTH = 1.25
 """From one budget to the next, where none fits the one given."""
 
@@ -42,6 +44,9 @@ class PipelineProblem:
     pipeline: Pipeline
     bound_s: float
     """No plan of it that fits takes less."""
+    spare_bytes: int = 0
+    """Of the budget, not for a group's own stages: one program serves all groups, and holds the most of each part that
+    any of them needs."""
 
     @property
     def costs(self) -> CostModel:
@@ -56,6 +61,23 @@ class PipelineProblem:
             for start, stop in zip(solution.starts, stops, strict=True)
             for layer in range(start, stop)
         )
+
+    def peak_bytes(self, solution: PipelineSolution) -> int:
+        """What the program of a solution needs on every device; see `MemoryBreakdown.peak_bytes`."""
+        prediction = predict_pipeline(
+            self.costs,
+            self.pipelining,
+            solution.starts,
+            self.strategies(solution),
+            self.batching,
+            memory_bytes=None,
+        )
+        return prediction.peak_bytes
+
+    def own_bytes(self, solution: PipelineSolution) -> list[int]:
+        """What each group's own stages need, without room for others' micro-batches in flight."""
+        exact = evaluate(replace(self.pipeline, slots_alike=False), solution.starts, solution.options)
+        return [size + self.pipeline.fixed_bytes for size in exact.bytes]
 
 
 @dataclass(frozen=True)
@@ -124,6 +146,7 @@ class _Drafted:
 
     problem: PipelineProblem
     bound_s: float
+    """Whatever is spared of the budget."""
     solution: PipelineSolution | None
     """A good one."""
 
@@ -131,6 +154,27 @@ class _Drafted:
     def seconds(self) -> float:
         """Of the solution."""
         return math.inf if self.solution is None else self.solution.seconds
+
+
+@dataclass
+class _Spared:
+    """How much of the budget is spared for a program of unlike groups: between too little and too much."""
+
+    now: int = 0
+    too_little: int = 0
+    too_much: float = math.inf
+
+    def next(self, over_bytes: int) -> bool:
+        """Goes on where a program was over the budget, or with 0 where there was none; whether there is more to try."""
+        if over_bytes:
+            self.too_little = self.now
+        else:
+            self.too_much = self.now
+        wanted = self.now + over_bytes
+        if not over_bytes or wanted >= self.too_much:
+            wanted = int((self.too_little + self.too_much) / 2)
+        self.now, before = wanted, self.now
+        return wanted != before and self.too_much > 0
 
 
 @dataclass
@@ -214,10 +258,17 @@ class PipelineSearch:
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
 
-    def _offer(self, problem: PipelineProblem, solution: PipelineSolution | None) -> None:
-        if solution is not None and solution.seconds < self._upper_s:
+    def _offer(self, problem: PipelineProblem, solution: PipelineSolution | None) -> int:
+        """Takes a solution if it is the fastest so far and fits. Returns the bytes that it is over the budget by."""
+        if solution is None or solution.seconds >= self._upper_s:
+            return 0
+        over = 0
+        if self.space.applies(Rule.ONE_PROGRAM):
+            over = problem.peak_bytes(solution) - self.memory_bytes
+        if over <= 0:
             self._upper_s = solution.seconds
             self._found.append(PipelineBest(problem, solution))
+        return max(over, 0)
 
     # ------------------------------------------------------------------------------------------ rounds
 
@@ -244,8 +295,9 @@ class PipelineSearch:
         budget = self.memory_bytes - pipeline.fixed_bytes
         return seconds_of_work(pipeline, budget) if budget >= 0 else math.inf
 
-    def _solver(self, pipeline: Pipeline) -> PipelineSolver | None:
-        return PipelineSolver.of(pipeline, budget_bytes=self.memory_bytes, deadline=self.deadline, known=self._known)
+    def _solver(self, pipeline: Pipeline, spare_bytes: int = 0) -> PipelineSolver | None:
+        budget = self.memory_bytes - spare_bytes
+        return PipelineSolver.of(pipeline, budget_bytes=budget, deadline=self.deadline, known=self._known)
 
     def _draft(self, problems: list[tuple[PipelineProblem, PipelineSolver]]) -> Iterator[_Drafted]:
         seen: set[tuple] = set()
@@ -258,13 +310,29 @@ class PipelineSearch:
                 continue
             # Problems that differ in the layouts of tied parameters have much the same plans: one draft is enough.
             key = (problem.pipelining, problem.batching)
-            solution = None
+            drafted = _Drafted(problem, bound, None)
             if key not in seen and not self._late():
-                solution = solver.draft() or solver.sketch(self._upper_s)
-                seen |= {key} if solution is not None else set()
-            self.effort.labels += solver.labels
-            self._offer(problem, solution)
-            yield _Drafted(problem, bound, solution)
+                drafted = self._fitting(problem, solver, bound)
+                seen |= {key} if drafted.solution is not None else set()
+            yield drafted
+
+    def _fitting(self, problem: PipelineProblem, solver: PipelineSolver | None, bound_s: float) -> _Drafted:
+        """A draft whose program fits, sparing as much of the budget as that takes."""
+        spared = _Spared()
+        for _ in range(_SPARINGS):
+            problem = replace(problem, spare_bytes=spared.now)
+            solver = solver or self._solver(problem.pipeline, spared.now)
+            if solver is not None and not self._promising(solver.bound(self._upper_s)):
+                break
+            solution = None if solver is None else solver.draft() or solver.sketch(self._upper_s)
+            self.effort.labels += solver.labels if solver is not None else 0
+            over = self._offer(problem, solution)
+            if solution is not None and not over:
+                return _Drafted(problem, bound_s, solution)
+            if not spared.next(over):
+                break
+            solver = None
+        return _Drafted(problem, bound_s, None)
 
     def _improve(self, drafted: list[_Drafted]) -> None:
         """Improves the fastest drafts, of those that differ in the layouts of tied parameters one."""
@@ -273,7 +341,7 @@ class PipelineSearch:
             best.setdefault((one.problem.pipelining, one.problem.batching), one)
         better = []
         for one in list(best.values())[:_IMPROVED]:
-            solver = self._solver(one.problem.pipeline)
+            solver = self._solver(one.problem.pipeline, one.problem.spare_bytes)
             near = one.seconds <= self._upper_s * _NEAR and self._promising(one.bound_s)
             if solver is None or one.solution is None or not near or self._late():
                 continue
@@ -286,7 +354,7 @@ class PipelineSearch:
             pipeline = one.problem.pipeline
             if sum(map(len, pipeline.layers)) > _THOROUGH:
                 continue
-            solver = self._solver(pipeline)
+            solver = self._solver(pipeline, one.problem.spare_bytes)
             if solver is not None and one.solution is not None and not self._late():
                 self._offer(one.problem, solver.improve(one.solution))
 
@@ -299,13 +367,34 @@ class PipelineSearch:
             if solver is None:
                 continue
             bound = solver.bound(self._upper_s)
-            if not self._promising(bound):
-                continue
-            if not self._late():
+            if self._promising(bound):
+                self.effort.leave_open(bound if self._late() else self._solve(one.problem, bound))
+
+    def _solve(self, problem: PipelineProblem, bound_s: float) -> float:
+        """Solves a problem exactly, sparing ever more of the budget until its program fits.
+
+        Returns:
+            Seconds that no plan of it undercuts but the one found; infinite where that is the best.
+        """
+        left_open = bound_s if problem.spare_bytes else math.inf
+        spared = _Spared(problem.spare_bytes)
+        for _ in range(_SPARINGS):
+            problem = replace(problem, spare_bytes=spared.now)
+            solver = self._solver(problem.pipeline, spared.now)
+            over = 0
+            if solver is not None:
+                if not self._promising(solver.bound(self._upper_s)):
+                    break
                 solution, bound = solver.exact(self._upper_s)
-                self._offer(one.problem, solution)
-            self.effort.labels += solver.labels
-            self.effort.leave_open(bound)
+                self.effort.labels += solver.labels
+                over = self._offer(problem, solution)
+                left_open = min(left_open, bound)
+                if solution is None or not over:
+                    break
+                left_open = min(left_open, solution.seconds)
+            if not spared.next(over):
+                break
+        return left_open
 
     def _count(self, builders: Sequence[PipelineBuilder]) -> None:
         for builder in builders:

@@ -45,11 +45,23 @@ class Rule(StrEnum):
     gains from them; measured times may, and then all are tried."""
     BATCH_AXES = "batch-axes"
     """Heuristic, for pipelines only: between stages the batch lies on as many of a stage's axes as divide it."""
+    ONE_PROGRAM = "one-program"
+    """Heuristic, for pipelines only: one program serves all groups and holds the most of each part that any needs, so
+    every group must fit with as many micro-batches in flight as any other has. Switched off, each group's own stages
+    are held to the budget alone (not counted)."""
     AFFINE_IN_MICROBATCH = "affine-in-microbatch"
     """A layer is planned at one micro-batch for all at which the planner would decide alike (not counted)."""
 
 
-HEURISTICS = frozenset({Rule.TP_ACROSS_NODES, Rule.ULYSSES_WITH_TP, Rule.MICROBATCHES_ON_DEMAND, Rule.BATCH_AXES})
+HEURISTICS = frozenset(
+    {
+        Rule.TP_ACROSS_NODES,
+        Rule.ULYSSES_WITH_TP,
+        Rule.MICROBATCHES_ON_DEMAND,
+        Rule.BATCH_AXES,
+        Rule.ONE_PROGRAM,
+    }
+)
 """Rules that may lose the optimum; all others are lossless."""
 
 

@@ -73,6 +73,7 @@ class PipelineBuilder:
                 held=held,
                 ties=self._ties(pipelining, slots, tables, variant),
                 fixed_bytes=fixed_bytes,
+                slots_alike=self.tables.space.applies(Rule.ONE_PROGRAM),
             )
 
     @cached_property

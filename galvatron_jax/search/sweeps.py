@@ -93,7 +93,7 @@ def _found(result: SearchResult) -> dict[str, Any]:
     values = (
         result.examples_per_s,
         result.prediction.time.step_s,
-        result.prediction.largest.total_bytes,
+        result.prediction.peak_bytes,
         plan.num_microbatches,
         plan.pipeline_degree,
         len(plan.stages),
@@ -225,7 +225,7 @@ def _others(cell: SweepCell, place: int) -> tuple[float, ...]:
 
 def _improved(cell: SweepCell, rivals: list[SearchResult]) -> SweepCell:
     """The cell with the fastest plan of its rivals that fits, where that is faster than its own."""
-    fitting = [one for one in rivals if one.prediction.largest.total_bytes <= cell.question.budget_bytes]
+    fitting = [one for one in rivals if one.prediction.peak_bytes <= cell.question.budget_bytes]
     best = max(fitting, key=lambda one: one.examples_per_s, default=None)
     if cell.result is None or best is None or best.examples_per_s <= cell.result.examples_per_s:
         return cell

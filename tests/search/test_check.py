@@ -13,9 +13,9 @@ from tests.search.questions import PIPELINES, SMALL, question
 @pytest.mark.parametrize("space", [SMALL, PIPELINES])
 @pytest.mark.parametrize("shared", [{}, {"tied": True, "skip": True}])
 def test_brute_force_confirms_small_problems(space, shared) -> None:
-    asked = question(model=toy_model(2, **shared), space=space, memory_bytes=200_000)
-    plan = asked.answer(runners_up=False).plan
-    checked = check_winner(asked, plan, time_limit_s=10)
+    asked = question(model=toy_model(2, **shared), space=space, memory_bytes=260_000)
+    found = asked.answer(runners_up=False)
+    checked = check_winner(asked, found.plan, time_limit_s=10, spare_bytes=found.statistics.spare_bytes)
     assert checked.oracle == "brute force"
     assert not checked.refuted
     assert checked.oracle_s == pytest.approx(checked.search_s, rel=1e-9)
@@ -26,8 +26,8 @@ def test_brute_force_confirms_small_problems(space, shared) -> None:
 def test_the_mixed_integer_program_confirms_larger_ones(space, monkeypatch) -> None:
     monkeypatch.setattr(check, "_MOST_CHOICES", 0)
     asked = question(model=toy_model(4, tied=True), space=space, memory_bytes=300_000)
-    plan = asked.answer(runners_up=False).plan
-    checked = check_winner(asked, plan, time_limit_s=30)
+    found = asked.answer(runners_up=False)
+    checked = check_winner(asked, found.plan, time_limit_s=30, spare_bytes=found.statistics.spare_bytes)
     assert checked.oracle == "the mixed-integer program"
     assert not checked.refuted
     assert checked.oracle_s == pytest.approx(checked.search_s, rel=1e-4)

@@ -155,8 +155,10 @@ def test_less_to_compute_and_to_keep_is_never_slower(seed: int) -> None:
 
 SEARCHES = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 SPACE = SearchSpace(
-    zero=(0, 3), remat=(Remat.NONE, Remat.FULL), sequence=(), num_microbatches=(1, 4), pipeline_degrees=None
-)
+    zero=(0, 3), remat=(Remat.NONE, Remat.FULL), sequence=(), num_microbatches=(1, 4), pipeline_degrees=None,
+    disabled_rules=frozenset({Rule.ONE_PROGRAM}),
+)  # fmt: skip
+"""Every group by itself; for programs as a whole see `test_what_is_found_fits_as_one_program`."""
 QUESTIONS = st.builds(
     lambda blocks, tied, skip, width, devices, work, memory: question(
         model=toy_model(blocks, tied=tied, skip=skip, width=width),
@@ -263,8 +265,32 @@ def test_more_devices_are_never_slower_where_links_cost_next_to_nothing(asked: Q
 @settings(SEARCHES, max_examples=5)
 @given(QUESTIONS)
 def test_a_rule_switched_off_changes_no_optimum_unless_it_is_a_heuristic(rule: Rule, asked: Question) -> None:
-    without = least_s(replace(asked, space=replace(asked.space, disabled_rules=frozenset({rule}))))
+    disabled = asked.space.disabled_rules | {rule}
+    without = least_s(replace(asked, space=replace(asked.space, disabled_rules=disabled)))
     if rule in HEURISTICS:
         assert without <= least_s(asked) * (1 + 1e-9)
     else:
         assert without == pytest.approx(least_s(asked), rel=1e-9)
+
+
+@SEARCHES
+@given(QUESTIONS)
+def test_what_is_found_fits_as_one_program(asked: Question) -> None:
+    """And what is said of faster plans holds for those that need no such care."""
+    whole = replace(asked, space=replace(asked.space, disabled_rules=frozenset()))
+    budgets = [int(asked.budget_bytes * share) for share in (0.9, 1, 1.5, 100)]
+    bounds, seconds = [], []
+    for budget in budgets:
+        try:
+            found = replace(whole, memory_bytes=budget).answer(runners_up=False)
+        except InfeasibleError:
+            bounds.append(math.inf)
+            seconds.append(math.inf)
+            continue
+        assert found.prediction.peak_bytes <= budget
+        assert least_s(replace(asked, memory_bytes=budget)) <= found.prediction.time.step_s * (1 + 1e-9)
+        bounds.append(found.statistics.bound_s)
+        seconds.append(found.prediction.time.step_s)
+    for less, more in zip(seconds, bounds[1:], strict=False):
+        assert more <= less * (1 + 1e-9)
+    assert seconds[-1] == pytest.approx(least_s(replace(asked, memory_bytes=budgets[-1])), rel=1e-9)
