@@ -86,13 +86,14 @@ def _first_seed(model: str, num_microbatches: int) -> int:
     by 2e-4. That happens at a few seeds of a hundred.
     """
     parameters, state = initial(model)
-    for seed in range(0, STEPS * _SEEDS, STEPS):
+    first = 0 if num_microbatches == 1 else 5
+    for seed in range(first, first + STEPS * _SEEDS, STEPS):
         batch = _batch(model, num_microbatches, seed)
-        first, *others = (
+        wanted, *others = (
             to_numpy(whole_step(model, near, state, batch, num_microbatches)[1])
             for near in (parameters, *(_nudged(parameters, number) for number in range(_NUDGES)))
         )
-        if all(relative_difference(other[path], leaf) <= _STABLE for other in others for path, leaf in first.items()):
+        if all(relative_difference(other[path], leaf) <= _STABLE for other in others for path, leaf in wanted.items()):
             return seed
     raise AssertionError(f"every gradient of {model} hangs on rounding")
 
