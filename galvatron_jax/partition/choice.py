@@ -49,6 +49,9 @@ class Choice:
             for n, (value, state) in enumerate(zip(self.op.operands, self.states, strict=True))
             if state.layouts[0][axis] != NOWHERE and not state.zero
         ]
+        if self._narrows() and moving and not self.setting.program.has_batch[self.op.operands[0]]:
+            # Parts of a parameter are gathered in the narrower type.
+            return next(factor for factor in self.op.factors if factor.operands[0] == moving[0][3]), 0.0
         allowed = self.setting.allowed[axis]
         found: list[tuple[StaticFactor, float]] = []
         for factor in self.op.factors:
@@ -176,6 +179,11 @@ class Choice:
         """
         size = self.setting.program.itemsize
         return self.op.primitive == "convert_element_type" and size[self.op.results[0]] > size[self.op.operands[0]]
+
+    def _narrows(self) -> bool:
+        """Whether the operation converts to a narrower type."""
+        size = self.setting.program.itemsize
+        return self.op.primitive == "convert_element_type" and size[self.op.results[0]] < size[self.op.operands[0]]
 
     def _is_scalar(self, operand: int) -> bool:
         state, dims = self.states[operand], self.setting.program.dim_of[self.op.operands[operand]]

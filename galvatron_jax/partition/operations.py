@@ -23,7 +23,7 @@ def plan_operation(
         setting: the program and its axes.
         op: the operation.
         states: of its operands.
-        rows: per axis, the factors of the rows that a scatter into zeros makes, where it shards them elsewhere.
+        rows: per axis, the factors of what a scatter into zeros makes, where it shards them elsewhere.
     """
     draft = Draft(setting, op, states)
     if op.primitive == "broadcast_in_dim" and draft.broadcast():

@@ -120,7 +120,7 @@ class Pass:
         held, outcomes, done = self.held, self.setting.outcomes, self._outcomes
         for op in operations:
             states: tuple = tuple([held[value] for value in op.operands])
-            rows = self._scatter_rows(op, states) if op.scatter_rows else {}
+            rows = self._scatter_rows(op, states) if op.scatter_rows or op.scatter_alike else {}
             key = (*states, *rows.items()) if rows else states
             outcome = outcomes[op.index].get(key)
             if outcome is None:
@@ -140,9 +140,10 @@ class Pass:
         return plan_operation(self.setting, op, states, rows)
 
     def _scatter_rows(self, op: StaticOp, states: Sequence[Held]) -> dict[int, tuple[StaticFactor, ...]]:
-        """Factors of the rows that a scatter into zeros makes (an embedding's gradient, the logits').
+        """Factors of what a scatter into zeros makes (an embedding's gradient, the logits').
 
-        Where an axis shards them elsewhere, each device makes its own.
+        Where an axis shards them elsewhere, each device makes its own, of indices and summands that it has whole: its
+        rows, or its part of dims that the scatter treats alike if the axis shards no rows at all.
         """
         if not states[0].zero:
             return {}
@@ -150,6 +151,8 @@ class Pass:
         for axis in range(len(self.setting.axes)):
             if all(state.layouts[0][axis] == NOWHERE for state in states):
                 rows = tuple(f for f in op.scatter_rows if self._shards(axis, f.factor))
+                if not rows and not any(self._shards(axis, factor) for factor in self.setting.program.row_factors):
+                    rows = tuple(f for f in op.scatter_alike if self._shards(axis, f.factor))
                 if rows:
                     found[axis] = rows
         return found

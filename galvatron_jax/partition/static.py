@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -66,6 +67,8 @@ class StaticOp:
     """Factors of which it matters whether they may be sharded."""
     scatter_rows: tuple[StaticFactor, ...] = ()
     """For a scatter-add, the factors of the rows into which it adds."""
+    scatter_alike: tuple[StaticFactor, ...] = ()
+    """For a scatter-add, the factors of the dims that it treats alike."""
     place: Where = Where.WHOLE
     """Where its result lies."""
 
@@ -94,6 +97,11 @@ class StaticProgram:
     has_batch: tuple[bool, ...]
     operations: tuple[StaticOp, ...]
     roles: tuple[FactorRole, ...]
+
+    @cached_property
+    def row_factors(self) -> frozenset[int]:
+        """Factors of the rows that some scatter-add adds into."""
+        return frozenset(f.factor for op in self.operations for f in op.scatter_rows)
 
     def sizes(self, batch_factor: int | None, microbatch: int, traced_at: int) -> tuple[int, ...]:
         """Sizes of all factors at another micro-batch."""
@@ -147,7 +155,9 @@ def prepare(program: Program) -> StaticProgram:
                 index, op.primitive, tuple(op.operands), tuple(op.results), factors, op.linearity, op.combine,
                 op.elementwise, op.flops_per_point, op.known, op.barrier, op.primitive in _FREE, op.loop,
                 prepare(op.bodies[0]) if op.loop is not None else None,
-                _asks(op, factors, positions, len(roles)), _scatter_rows(op.primitive, factors),
+                _asks(op, factors, positions, len(roles)),
+                _scattered(op.primitive, factors, FactorKind.SCATTER_INDEX),
+                _scattered(op.primitive, factors, FactorKind.PARALLEL),
                 _place(op, factors, positions),
             )
         )  # fmt: skip
@@ -182,10 +192,11 @@ def _place(op: Operation, factors: Sequence[StaticFactor], positions: Sequence[t
     return Where.REDUCED if op.primitive.startswith("reduce_") or op.primitive in _READING else Where.WHOLE
 
 
-def _scatter_rows(primitive: str, factors: Sequence[StaticFactor]) -> tuple[StaticFactor, ...]:
+def _scattered(primitive: str, factors: Sequence[StaticFactor], kind: FactorKind) -> tuple[StaticFactor, ...]:
+    """A scatter-add's factors of one kind that its result has."""
     if primitive not in ("scatter-add", "scatter_add"):
         return ()
-    return tuple(f for f in factors if f.kind is FactorKind.SCATTER_INDEX)
+    return tuple(f for f in factors if f.kind is kind and f.results[0] >= 0)
 
 
 @dataclass(frozen=True, eq=False)

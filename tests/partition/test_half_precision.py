@@ -7,15 +7,16 @@ from flax import nnx
 
 from galvatron_jax.models import registry
 from galvatron_jax.partition.layers import plan_layer
+from galvatron_jax.spec.profile import CollectiveKind
 from galvatron_jax.spec.strategy import LayerStrategy, SequenceParallel
 from galvatron_jax.trace.model import Traced, trace
 
 MESH = {"a": 2, "b": 2}
 
 
-def traced(family_name: str, dtype: str) -> Traced:
+def traced(family_name: str, dtype: str, **changes: str) -> Traced:
     family = registry.family(family_name)
-    config = registry.model_config(family_name, "tiny", dtype=dtype)
+    config = registry.model_config(family_name, "tiny", dtype=dtype, **changes)
     model = nnx.eval_shape(lambda: family.model(config, rngs=nnx.Rngs(0)))
     return trace(model, family.loss_fn, family.example_batch(config, 8))
 
@@ -58,3 +59,26 @@ def test_sums_of_activations_are_taken_before_a_wider_type(strategy: LayerStrate
     large = [c for phase in (plan.forward, plan.backward) for c in phase.collectives if c.bytes >= 8 * 32 * 64 * 2 // 4]
     assert len(large) >= 4
     assert {c.dtype for c in large} == {"bfloat16"}
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "vit", "moe"])
+def test_parameters_are_gathered_in_the_narrower_type(family: str) -> None:
+    """ZeRO 3 with parameters in float32 and work in bfloat16; gradients are summed in float32 all the same."""
+    spec = traced(family, "bfloat16", param_dtype="float32").spec
+    strategy = LayerStrategy(dp=("a", "b"), zero=3)
+    for layer in spec.layers:
+        kind = spec.kinds[layer.kind]
+        plan = plan_layer(kind, strategy, mesh=MESH, microbatch=8, model_microbatch=8)
+        narrowed = {
+            operation.operands[0]
+            for operation in kind.program.operations
+            if operation.primitive == "convert_element_type"
+            and kind.program.values[operation.results[0]].dtype == "bfloat16"
+        }
+        gathered = [c.dtype for c in plan.forward.collectives if c.kind is CollectiveKind.ALL_GATHER]
+        whole = [p for p in plan.parameters if kind.inputs[p.port].value not in narrowed]
+        assert gathered.count("float32") <= len(whole)
+        assert gathered.count("bfloat16") > 0 or layer is not spec.layers[1]
+        summed = [c for c in plan.backward.collectives if c.kind is CollectiveKind.REDUCE_SCATTER]
+        assert {c.dtype for c in summed} <= {"float32"}
