@@ -23,8 +23,8 @@ from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh, PartitionSpec
 
 from galvatron_jax.cost.schedules import IDLE, ScheduleTable
+from galvatron_jax.cost.sizes import LINE
 from galvatron_jax.models import registry
-from galvatron_jax.runtime.engine import Engine
 from galvatron_jax.runtime.pipeline import PipelineStep
 from galvatron_jax.runtime.program import State
 from galvatron_jax.runtime.step import build_step
@@ -59,9 +59,9 @@ def measure(
     batch = step.place({"tokens": tokens.astype(np.int32)})
     idle = IdleStep(**{field.name: getattr(step, field.name) for field in dataclasses.fields(step)})
     state, measured = time_step(step, step.init(0), batch, steps)
-    _, without_work = time_step(idle, state, batch, steps)
+    state, without_work = time_step(idle, state, batch, steps)
     stage = jax.process_index()
-    turns = {f"{way}_s": time_turn(step, stage, way, batch, steps) for way in ("forward", "backward")}
+    turns = {f"{way}_s": time_turn(step, state, stage, way, batch, steps) for way in ("forward", "backward")}
     return {"step_s": measured, "idle_s": without_work, **turns}
 
 
@@ -106,7 +106,7 @@ def time_step(step: PipelineStep, state: State, batch: Any, steps: int) -> tuple
     return state, calmest(found[2:])
 
 
-def time_turn(step: PipelineStep, stage: int, way: str, batch: Any, steps: int) -> Clocked:
+def time_turn(step: PipelineStep, state: State, stage: int, way: str, batch: Any, steps: int) -> Clocked:
     """Medians of one stage's program on this host's device; zero where it has none.
 
     The difference between a call that takes the turns of all micro-batches and one that takes none. The hosts begin
@@ -114,6 +114,7 @@ def time_turn(step: PipelineStep, stage: int, way: str, batch: Any, steps: int) 
     """
     program = turns(step, stage, way)
     leaves = {name: jnp.asarray(x.addressable_shards[0].data) for name, x in batch.items()}
+    params = {name: jnp.asarray(x.addressable_shards[0].data)[0] for name, x in state["params"].items()}
     run, found, count = jax.jit(program) if program else None, [], step.plan.num_microbatches
     for number in range(steps + 1):
         read = []
@@ -121,7 +122,7 @@ def time_turn(step: PipelineStep, stage: int, way: str, batch: Any, steps: int) 
             sync_global_devices(f"{way} {number} {turns_taken}")
             watch = Watch()
             if run:
-                jax.block_until_ready(run(leaves, turns_taken))
+                jax.block_until_ready(run(params, leaves, turns_taken))
             read.append(watch.read())
         none, all_of_them = read
         found.append(Clocked((all_of_them.wall_s - none.wall_s) / count, (all_of_them.cpu_s - none.cpu_s) / count))
@@ -157,14 +158,13 @@ def median(found: list[Clocked]) -> Clocked:
     return Clocked(statistics.median(walls), statistics.median(each.cpu_s for each in found), high - low)
 
 
-def turns(step: PipelineStep, stage: int, way: str) -> Callable[[Any, Any], Any] | None:
+def turns(step: PipelineStep, stage: int, way: str) -> Callable[[Any, Any, Any], Any] | None:
     """A function that takes a stage's turn on the first so many micro-batches, one after another."""
     mesh = Mesh(np.array(jax.local_devices()[:1]), step.mesh.axis_names)
     sizes = step.storage.stored.sizes
 
-    def local(leaves: Any, count: Any) -> Any:
-        params = {name: jnp.full(size, 0.02, name) for name, size in sizes.items()}
-        engine = Engine(step.table, step.stages, step.plan.pipeline_axes, params, step._unpack, step.clock)
+    def local(params: Any, leaves: Any, count: Any) -> Any:
+        engine = step.engine(params)
         if not engine.works(engine.stages[stage], way):
             return None
         carry, _ = engine.begin({}, leaves)
@@ -180,8 +180,9 @@ def turns(step: PipelineStep, stage: int, way: str) -> Callable[[Any, Any], Any]
         return lax.fori_loop(0, count, body, carry)
 
     whole = PartitionSpec()
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(whole, whole), out_specs=whole, check_vma=False)
-    return None if jax.eval_shape(mapped, leaves_of(step), 1) is None else mapped
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(whole, whole, whole), out_specs=whole, check_vma=False)
+    params = {name: jax.ShapeDtypeStruct((lines, LINE), name) for name, lines in sizes.items()}
+    return None if jax.eval_shape(mapped, params, leaves_of(step), 1) is None else mapped
 
 
 def slots_of(table: ScheduleTable, stage: int, way: str) -> np.ndarray:

@@ -18,6 +18,7 @@ from galvatron_jax.runtime.emit import STAND_INS, LayerProgram
 from galvatron_jax.runtime.execution import Executor, Repeats, Tape, orders_dims
 from galvatron_jax.runtime.runs import Layouts, Run, Way, loop_of
 from galvatron_jax.runtime.storage import Storage
+from galvatron_jax.runtime.totals import Totals
 from galvatron_jax.spec.model import PortRole
 from galvatron_jax.spec.strategy import LayerStrategy
 from galvatron_jax.trace.model import Traced
@@ -74,8 +75,7 @@ class TimedLoop:
         structure = jax.tree.structure((self._tape.inputs, self._tape.residuals))
         inputs, residuals = jax.tree.unflatten(structure, arrays[: structure.num_leaves])
         cotangents = dict(zip(self._cotangents, arrays[structure.num_leaves :], strict=True))
-        ports = [p for p, port in enumerate(self._kind.inputs) if port.gradient is not None]
-        return self._executor.backward_loop(0, self._run, Tape(inputs, residuals), cotangents, dict.fromkeys(ports))
+        return self._executor.backward_loop(0, self._run, Tape(inputs, residuals), cotangents, Totals({}))
 
     @cached_property
     def _read_later(self) -> list[str]:

@@ -132,7 +132,9 @@ def layer_costs(costs: CostModel, wiring: LayerWiring, phases: PhaseCosts, batch
         once_s=np.array([each.once_s for each in parameters])[phases.parameters_of],
         static_bytes=np.array([each.memory.static_bytes for each in parameters], np.int64)[phases.parameters_of],
         residual_bytes=phases.residual_bytes - _shared(wiring, phases, batching),
-        workspace_bytes=phases.workspace_bytes + (phases.unscattered_bytes if late else 0),
+        workspace_bytes=phases.workspace_bytes
+        + (phases.unscattered_bytes if late else 0)
+        + np.array([each.memory.workspace_bytes for each in parameters], np.int64)[phases.parameters_of],
     )
 
 

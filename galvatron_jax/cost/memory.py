@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from galvatron_jax.cost.sizes import itemsize
+from galvatron_jax.cost.sizes import LINE, itemsize, lines_of
 from galvatron_jax.cost.wiring import LayerWiring
 from galvatron_jax.partition.layer_plan import LayerPlan, ParameterPlan
 from galvatron_jax.spec.model import LayerKind
@@ -14,6 +14,11 @@ from galvatron_jax.spec.model import LayerKind
 SAME = "same"
 Flat = tuple[int, str]
 """A flat array of a pipeline's state: slot of the optimizer, -1 for parameters; dtype."""
+
+
+def in_lines(size: int, dtype: str, held: str) -> int:
+    """Bytes that an array takes in a pipeline's flat array of dtype `held`; elsewhere it takes `size` as `dtype`."""
+    return lines_of(size // itemsize(dtype)) * LINE * itemsize(held)
 
 
 @dataclass(frozen=True)
@@ -40,17 +45,17 @@ class OptimizerMemory:
         return sum(count * itemsize(dtype if slot == SAME else slot) for slot in self.param_like_slots)
 
     def state_bytes(self, storage_bytes: int, optimizer_bytes: int, dtype: str) -> Counter[Flat]:
-        """Bytes of one parameter and of its slots, by flat array of a pipeline's state.
+        """Bytes of one parameter and of its slots, by flat array of a pipeline's state, in whole lines.
 
         Args:
             storage_bytes: of the parameter as stored.
             optimizer_bytes: of one array of its dtype in the optimizer's layout.
             dtype: the parameter's.
         """
-        found: Counter[Flat] = Counter({(-1, dtype): storage_bytes})
+        found: Counter[Flat] = Counter({(-1, dtype): in_lines(storage_bytes, dtype, dtype)})
         for number, slot in enumerate(self.param_like_slots):
             held = dtype if slot == SAME else slot
-            found[number, held] += optimizer_bytes // itemsize(dtype) * itemsize(held)
+            found[number, held] += in_lines(optimizer_bytes, dtype, held)
         return found
 
 
@@ -64,12 +69,11 @@ class LayerMemory:
     residual_bytes: int
     workspace_bytes: int
     copied_bytes: int = 0
-    """Parameters once more: in the order in which they are gathered, or taken out of a pipeline stage's flat arrays,
-    there with the gradients of one micro-batch."""
+    """Parameters once more, in the order in which they are gathered."""
 
     @property
     def static_bytes(self) -> int:
-        """What stays from step to step, gradients, and copies of both while the stage works."""
+        """What stays from step to step, gradients, and copies of parameters."""
         return self.parameter_bytes + self.optimizer_bytes + self.gradient_bytes + self.copied_bytes
 
     @property
@@ -124,9 +128,9 @@ def scatters_late(wiring: LayerWiring, *, staged: bool, accumulates: bool) -> bo
 
     XLA's GPU compiler puts a reduce-scatter whose result a loop only stores into the next turn, to overlap with it
     (`CollectivePipeliner`, on for GPUs by default), so that a loop's body holds two layers' gradients. It leaves alone
-    what a turn adds to others: the gradients of several micro-batches outside of pipelines.
+    what a turn adds to others: the gradients of several micro-batches, and all those in pipelines.
     """
-    return wiring.looped and (staged or not accumulates)
+    return wiring.looped and not staged and not accumulates
 
 
 def passing(residual: int, workspace: int, through: int, *, staged: bool) -> tuple[int, int]:
@@ -150,7 +154,9 @@ def parameter_memory(
     """What a layer's parameters take.
 
     XLA's GPU collectives want the dim that they gather first in memory (`GpuLayoutAssignment`), and what a loop gathers
-    is put in that order for all its layers ahead of it.
+    is put in that order for all its layers ahead of it; but not in a pipeline stage, whose loops read a layer's
+    parameters out of the flat arrays when it is their turn. Other layers take theirs out, and make their gradients of
+    one micro-batch, beside them.
 
     Args:
         kind: the layer's kind.
@@ -161,15 +167,16 @@ def parameter_memory(
         staged: whether it is in a pipeline stage.
     """
     mine = [parameter for parameter in parameters if parameter.port in wiring.owned]
-    copied = sum(p.storage_bytes for p in mine if staged or (p.turned and wiring.looped))
+    turned = [p for p in mine if p.turned] if wiring.looped and not staged else []
+    taken_out = mine if staged and not wiring.looped else []
     dtypes = {parameter.port: parameter_dtype(kind, parameter.port) for parameter in mine}
     return LayerMemory(
         parameter_bytes=sum(parameter.storage_bytes for parameter in mine),
         optimizer_bytes=sum(optimizer.slot_bytes(p.optimizer_bytes, dtypes[p.port]) for p in mine),
         gradient_bytes=sum(parameter.accumulator_bytes for parameter in parameters),
         residual_bytes=0,
-        workspace_bytes=0,
-        copied_bytes=copied + (sum(p.accumulator_bytes for p in parameters) if staged else 0),
+        workspace_bytes=sum(p.storage_bytes + p.accumulator_bytes for p in taken_out),
+        copied_bytes=sum(p.storage_bytes for p in turned),
     )
 
 
@@ -191,7 +198,7 @@ def stored_bytes(
     gradients: Counter[str] = Counter()
     for parameter in parameters:
         dtype = parameter_dtype(kind, parameter.port)
-        gradients[dtype] += parameter.accumulator_bytes
+        gradients[dtype] += in_lines(parameter.accumulator_bytes, dtype, dtype)
         if parameter.port in owned:
             state.update(optimizer.state_bytes(parameter.storage_bytes, parameter.optimizer_bytes, dtype))
     return state, gradients

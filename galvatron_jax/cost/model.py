@@ -206,7 +206,9 @@ class CostModel:
             backward=PhaseCost(compute.backward_s, self._exposed(plan.backward.collectives, compute.backward_s) + back),
             synchronisation_s=state.synchronisation_s,
             update_s=state.update_s,
-            memory=replace(state.memory, residual_bytes=residual, workspace_bytes=workspace),
+            memory=replace(
+                state.memory, residual_bytes=residual, workspace_bytes=workspace + state.memory.workspace_bytes
+            ),
             estimated=compute.estimated,
         )
 

@@ -10,6 +10,9 @@ from galvatron_jax.partition.layer_plan import BoundarySpec
 from galvatron_jax.spec.model import LayerKind, Variable
 from galvatron_jax.spec.program import FactorRole
 
+LINE = 128
+"""Elements of a line of a pipeline's flat arrays, in which every layer's every parameter begins a new one; see
+`runtime.packing`."""
 _BITS = re.compile(r"(\d+)")
 
 
@@ -24,6 +27,16 @@ def itemsize(dtype: str) -> int:
         return 8
     bits = _BITS.search(dtype)
     return max(1, int(bits[1]) // 8) if bits else 1
+
+
+def lines_of(elements: int) -> int:
+    """Lines of an array in a pipeline's flat arrays.
+
+    Example:
+        >>> lines_of(0), lines_of(128), lines_of(129)
+        (0, 1, 2)
+    """
+    return -(-elements // LINE)
 
 
 def whole_bytes(variable: Variable) -> int:

@@ -13,11 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
 from galvatron_jax import _compat
+from galvatron_jax.cost.sizes import LINE
 from galvatron_jax.partition.boundary import boundary_collectives
 from galvatron_jax.partition.counts import collective
 from galvatron_jax.partition.instructions import Convert, Instruction, Loop
@@ -29,13 +31,14 @@ from galvatron_jax.runtime.emit import needed_forward
 from galvatron_jax.runtime.engine import handed_back_packing, received_packing
 from galvatron_jax.runtime.execution import Executor, spec_of
 from galvatron_jax.runtime.hlo import hlo_computations
-from galvatron_jax.runtime.packing import Packing
+from galvatron_jax.runtime.packing import Packing, Range, row_parts
 from galvatron_jax.runtime.pipeline import PipelineStep
 from galvatron_jax.runtime.program import StepProgram
 from galvatron_jax.runtime.runs import Layouts, Run, Way
-from galvatron_jax.runtime.stage import flows
+from galvatron_jax.runtime.stage import Stage, flows
+from galvatron_jax.runtime.stage_optimizer import StageOptimizer
 from galvatron_jax.runtime.step import Step
-from galvatron_jax.runtime.storage import Storage
+from galvatron_jax.runtime.storage import Group, Storage
 from galvatron_jax.spec.model import PortRole
 from galvatron_jax.spec.profile import CollectiveKind
 from galvatron_jax.spec.program import Program
@@ -208,13 +211,23 @@ class _Prediction:
                 continue
             stacked = run.length if way.way is Way.STACKED else 1
             if run.local.static.kind.inputs[port].gradient is not None:
-                self.steps(run, port, run.local.sync[port], stacked)
+                for rows in self.gradient_rows(number, port, stacked):
+                    self.steps(run, port, run.local.sync[port], rows)
             if (number, port) in storage.owned:
-                self.steps(run, port, run.local.publish[port], stacked)
+                for rows in self.published_rows(storage.group(storage.owned[number, port]), stacked):
+                    self.steps(run, port, run.local.publish[port], rows)
             elif run.local.static.kind.inputs[port].gradient is not None:
                 group = storage.group(storage.tied[number, port])
                 source = spec_of(run, port, optimizer=True)
                 self.move(group.shape, group.dtype, source, group.boundary(optimizer=True))
+
+    def gradient_rows(self, number: int, port: int, layers: int) -> list[int]:
+        """Of how many layers a gradient is synchronised at once."""
+        return [layers]
+
+    def published_rows(self, group: Group, layers: int) -> list[int]:
+        """Of how many layers an updated parameter is gathered at once."""
+        return [layers]
 
     def steps(self, run: Run, port: int, steps: Iterable[LayoutStep], stacked: int) -> None:
         dtype = run.local.static.program.program.values[run.local.static.kind.inputs[port].value].dtype
@@ -239,8 +252,13 @@ class _StepPrediction(_Prediction):
 class _PipelinePrediction(_Prediction):
     """A step of several stages: what stands in the branches of all of them, as often as the schedule has ticks."""
 
+    optimizer: StageOptimizer
+    synchronised: Stage
+    """Whose gradients and parameters are counted now."""
+
     def of(self, step: PipelineStep) -> Collectives:
         """All of its collectives."""
+        self.optimizer = step.optimizer_program
         table, axes = step.table, step.plan.pipeline_axes
         self.turns = 1 if self.once else table.num_ticks
         for stage in step.stages:
@@ -256,13 +274,25 @@ class _PipelinePrediction(_Prediction):
             )
             self.all_backward(stage.executor, cotangents)
         for packing in (received_packing(step.stages), handed_back_packing(step.stages)):
-            for dtype, elements in packing.sizes.items():
-                self.count("collective-permute", axes, elements * itemsize(dtype), dtype)
+            for dtype, lines in packing.sizes.items():
+                self.count("collective-permute", axes, lines * LINE * itemsize(dtype), dtype)
         self.turns = 1
-        for stage in step.stages:
-            self.all_synchronise(stage.executor)
+        for self.synchronised in step.stages:
+            self.all_synchronise(self.synchronised.executor)
         self.once_a_step(step)
         return +self.found
+
+    def gradient_rows(self, number: int, port: int, layers: int) -> list[int]:
+        """Of how many layers a gradient is synchronised at once."""
+        batches = self.synchronised.synchronised_batches
+        parts = [batch.rows for batch in batches if (number, port) in batch.names]
+        return _counts(parts, layers)
+
+    def published_rows(self, group: Group, layers: int) -> list[int]:
+        """Of how many layers an updated parameter is gathered at once."""
+        if self.optimizer.update is None or not self.optimizer.by_rows(group):
+            return [layers]
+        return _counts(row_parts(jax.ShapeDtypeStruct(group.local_shape(self.layouts.mesh), group.dtype)), layers)
 
     def once_a_step(self, step: PipelineStep) -> None:
         """What all stages come to agree on: metrics, state, gradients of shared parameters."""
@@ -277,7 +307,7 @@ class _PipelinePrediction(_Prediction):
             for path in stage.changes:
                 place = Packing.of([{path: self.traced.functional.state[path]}]).places[0][path]
                 dtype = "int32" if place.flat == "bool" else place.flat
-                self.count("all-reduce", axes, place.size * itemsize(dtype), dtype)
+                self.count("all-reduce", axes, math.prod(place.words) * itemsize(dtype), dtype)
         mesh = self.layouts.mesh
         for owner, *others in step.storage.shared.values():
             group = step.storage.group(owner.stage, owner.key)
@@ -293,6 +323,11 @@ class _PipelinePrediction(_Prediction):
     def count(self, kind: str, axes: tuple[str, ...], size: int, dtype: str) -> None:
         """One more collective."""
         self.found[CollectiveSignature(kind, axes, size, dtype)] += self.turns
+
+
+def _counts(parts: Sequence[Range | None], layers: int) -> list[int]:
+    """How many rows each part has."""
+    return [layers if rows is None else rows[1] - rows[0] for rows in parts]
 
 
 def _handed_on(run: Run) -> set[int]:

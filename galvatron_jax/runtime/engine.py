@@ -19,10 +19,12 @@ import numpy as np
 from jax import lax
 
 from galvatron_jax.cost.schedules import ScheduleTable, slots
+from galvatron_jax.cost.sizes import LINE
 from galvatron_jax.runtime.clocks import Clock
 from galvatron_jax.runtime.packing import Flats, Packing
 from galvatron_jax.runtime.results import measures, new_state
 from galvatron_jax.runtime.stage import Stage
+from galvatron_jax.runtime.totals import PackedTotals
 from galvatron_jax.runtime.turns import take_turn
 
 
@@ -75,6 +77,8 @@ class Engine:
     """Mesh axes along which the groups of devices lie."""
     params: Flats
     """Stored parameters."""
+    gradients: Packing[tuple[int, int, int]]
+    """Where their sums lie, by (stage, run, port)."""
     unpack: Callable[[int, Flats], Mapping[str, Any]]
     """From a virtual stage and stored parameters to the stage's own, by key."""
     clock: Clock | None = None
@@ -97,20 +101,6 @@ class Engine:
     def handed_back(self) -> Packing[str]:
         """Cotangents of what stages received."""
         return handed_back_packing(self.stages)
-
-    @cached_property
-    def gradients(self) -> Packing[tuple[int, int, int]]:
-        """Accumulated gradients of each group of devices, by (stage, run, port)."""
-        return Packing.of(
-            [
-                {
-                    (stage.number, *name): shape
-                    for stage in self.stages[group :: self.degree]
-                    for name, shape in stage.gradient_shapes.items()
-                }
-                for group in range(self.degree)
-            ]
-        )
 
     def kept(self, state: Mapping[str, Any], batch: Mapping[str, Any]) -> Packing[str]:
         """What each stage keeps of a micro-batch from its forward to its backward."""
@@ -147,7 +137,7 @@ class Engine:
         self.strides = self._strides()
         sums, weight = self._zero_measures(state, batch)
         carry = {
-            "pool": {name: jnp.zeros(size, name) for name, size in self._pool_sizes().items()},
+            "pool": {name: jnp.zeros((lines, LINE), name) for name, lines in self._pool_sizes().items()},
             "gradients": self.gradients.zeros(),
             "state": dict(state),
             "sums": sums,
@@ -183,7 +173,7 @@ class Engine:
         return {name: jnp.asarray(getattr(table, name)) for name in columns}
 
     def _strides(self) -> list[dict[str, int]]:
-        """Per virtual stage, elements of a slot: chunks of one group share its slots."""
+        """Per virtual stage, lines of a slot: chunks of one group share its slots."""
         packing = self.kept_packing
         strides: list[dict[str, int]] = [{} for _ in range(self.degree)]
         for stage in self.stages:
@@ -286,10 +276,9 @@ class Engine:
                 tapes = stage.again(params, *stage.inputs_kept(state, kept, leaves))
             else:
                 tapes, seed = stage.tapes_kept(kept, self.names[number], params, state, leaves)
-        gradients, handed = stage.backward(tapes, self._cotangents(stage, work.moved.cotangents, seed))
-        found = {(number, *name): x for name, x in gradients.items()}
-        added = self.gradients.add(number % self.degree, rest["gradients"], found)
-        return {**rest, "gradients": added}, self.handed_back.pack(number, handed)
+        totals = PackedTotals(self.gradients, rest["gradients"], case=number % self.degree, stage=number)
+        handed = stage.backward(tapes, self._cotangents(stage, work.moved.cotangents, seed), totals)
+        return {**rest, "gradients": totals.flats}, self.handed_back.pack(number, handed)
 
     def _seed(self, stage: Stage, values: Mapping[str, Any]) -> Any:
         return next(iter(stage.executor.seed(values).values()))

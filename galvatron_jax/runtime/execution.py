@@ -20,8 +20,10 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from galvatron_jax.partition.boundary import boundary_steps
 from galvatron_jax.partition.layer_plan import BoundarySpec
 from galvatron_jax.runtime.emit import LayerProgram, run_steps
+from galvatron_jax.runtime.packing import Rows
 from galvatron_jax.runtime.runs import Layouts, Run, Way
 from galvatron_jax.runtime.storage import Storage, make_storage
+from galvatron_jax.runtime.totals import Gradients, Totals
 from galvatron_jax.spec.model import PortRole
 from galvatron_jax.spec.plan import Plan
 from galvatron_jax.spec.strategy import LayerStrategy, Remat
@@ -45,16 +47,12 @@ class Repeats(Enum):
         return Repeats.GATHERS if strategy.zero == 3 else Repeats.NOTHING
 
 
-Gradients = dict[tuple[int, int], Any]
-"""Local gradients by (run, port), stacked over the run's layers, sums over data axes still pending."""
-
-
 @dataclass
 class Tape:
     """What the forward pass of a run leaves for its backward pass."""
 
     inputs: list[Any]
-    """Per port: a value for all layers, or stacked over them; None where backward reads none."""
+    """Per port: a value for all layers, or one for each, stacked or in `Rows`; None where backward reads none."""
     residuals: list[Any]
 
 
@@ -128,7 +126,9 @@ class Executor:
         store = self.store(state, batch)
         tapes = self.all_forward(parameters, store)
         values = {sink: store[reference] for sink, reference in self.traced.spec.results}
-        return MicrobatchResult(values, self.all_backward(tapes, self.seed(values), totals))
+        sums = Totals(dict(totals or {}))
+        self.all_backward(tapes, self.seed(values), sums)
+        return MicrobatchResult(values, sums.gradients)
 
     def store(self, state: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
         """What layers read from outside, by reference: leaves of the batch, constants and state."""
@@ -154,20 +154,22 @@ class Executor:
         read = {reference for later in self.runs[number + 1 :] for way in later.inputs for reference in way.references}
         return frozenset(port for port, references in enumerate(run.outputs) if read.intersection(references))
 
-    def all_backward(
-        self, tapes: Sequence[Tape], cotangents: dict[str, Any], totals: Gradients | None = None
-    ) -> Gradients:
-        """Runs all layers backward; takes cotangents by reference and adds those of what was read from outside."""
-        gradients: Gradients = {}
+    def all_backward(self, tapes: Sequence[Tape], cotangents: dict[str, Any], totals: Totals) -> None:
+        """Runs all layers backward, and adds their gradients up.
+
+        Args:
+            tapes: as forward left them.
+            cotangents: by reference; those of what was read from outside are added.
+            totals: what gradients are added to.
+        """
         for number in range(len(self.runs) - 1, -1, -1):
-            made: Gradients = {}
-            self.backward(number, self.runs[number], tapes[number], cotangents, made, totals or {})
+            self.backward(number, self.runs[number], tapes[number], cotangents, totals)
+            made = totals.of_run(number)
             if number and made:
                 # XLA would put off what nothing waits for, and keep what it is made of: the logits' cotangents.
                 made, tied = lax.optimization_barrier((made, cotangents))
                 cotangents.update(tied)
-            gradients |= made
-        return gradients
+                totals.put(made)
 
     def _add_state(self, store: dict[str, Any], state: Mapping[str, Any]) -> None:
         store |= {f"state:{k}": v for k, v in state.items()}
@@ -210,8 +212,7 @@ class Executor:
         """What an input port of a run reads, stacked over its layers where each has its own."""
         way = run.inputs[port]
         if (number, port) in self.storage.owned:
-            x = parameters[self.storage.owned[number, port]]
-            return self._local_parameter(run, port, x, stacked=way.way is Way.STACKED)
+            return self._local_parameter(run, port, parameters[self.storage.owned[number, port]])
         if (number, port) in self.storage.tied:
             return self._tied_parameter(number, run, port, parameters)
         target = run.local.input_spec(port)
@@ -219,10 +220,12 @@ class Executor:
             return jnp.stack([self.fetch(store, r, target) for r in way.references])
         return self.fetch(store, way.references[0], target)
 
-    def _local_parameter(self, run: Run, port: int, x: Any, *, stacked: bool) -> Any:
+    def _local_parameter(self, run: Run, port: int, x: Any) -> Any:
         value = run.local.static.kind.inputs[port].value
         shape = self.program(run).shape(value, run.local.inputs[port])
-        return jnp.reshape(x, x.shape[:1] + shape if stacked else shape)
+        if isinstance(x, Rows):
+            return x.reshaped(shape)
+        return jnp.reshape(x, x.shape[:1] + shape if run.inputs[port].way is Way.STACKED else shape)
 
     def _tied_parameter(self, number: int, run: Run, port: int, parameters: Mapping[str, Any]) -> Any:
         """A parameter that an earlier layer owns, from its layout there."""
@@ -248,20 +251,17 @@ class Executor:
         carried = [p for p, way in enumerate(run.inputs) if way.way is Way.CARRY]
         stacked = [p for p, way in enumerate(run.inputs) if way.way is Way.STACKED]
         outside = [q for q, outside in enumerate(run.read_outside) if outside]
-        program = self.program(run)
+        program, layers = self.program(run), Layers.of({p: inputs[p] for p in stacked}, run.length)
 
-        def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], Any]:
-            ports = dict(enumerate(inputs)) | dict(zip(carried, carry, strict=True))
-            ports |= dict(zip(stacked, slices, strict=True))
+        def body(carry: list[Any], slices: Any) -> tuple[list[Any], Any]:
+            ports = dict(enumerate(inputs)) | dict(zip(carried, carry, strict=True)) | layers.ports(slices)
             outputs, residuals = program.forward([ports[p] for p in range(len(inputs))])
             waiting = [self._waiting(run, q, x) for q, x in enumerate(outputs)]
             kept = [self._needed(run, p, ports[p]) for p in carried]
             residuals = [self._between_loops(x) for x in residuals]
             return [waiting[run.inputs[p].output] for p in carried], (residuals, kept, [waiting[q] for q in outside])
 
-        final, (residuals, kept, made) = lax.scan(
-            body, [inputs[p] for p in carried], [inputs[p] for p in stacked], length=run.length
-        )
+        final, (residuals, kept, made) = lax.scan(body, [inputs[p] for p in carried], layers.slices, length=run.length)
         handed_on = {run.inputs[p].output for p in carried}
         for q, x in zip(outside, made, strict=True):
             first = self.layouts.specs[run.outputs[q][0]]
@@ -282,15 +282,7 @@ class Executor:
 
     # ------------------------------------------------------------------------------------------ backward
 
-    def backward(
-        self,
-        number: int,
-        run: Run,
-        tape: Tape,
-        cotangents: dict[str, Any],
-        gradients: Gradients,
-        totals: Mapping[tuple[int, int], Any],
-    ) -> None:
+    def backward(self, number: int, run: Run, tape: Tape, cotangents: dict[str, Any], totals: Totals) -> None:
         """Runs the layers of a run backward; takes cotangents of what it made, adds those of what it read.
 
         Args:
@@ -298,8 +290,7 @@ class Executor:
             run: the run.
             tape: what its forward left.
             cotangents: by reference.
-            gradients: where those of parameters go.
-            totals: what those of parameters are added to, if anything.
+            totals: what the gradients of parameters are added to.
         """
         ports = [p for p, port in enumerate(run.local.static.kind.inputs) if port.gradient is not None]
         if not ports:
@@ -310,11 +301,13 @@ class Executor:
                 tape = self._fenced(number, tape, seeds)
             grads = self.program(run).backward(tape.inputs, tape.residuals, seeds)
             found = dict(zip(ports, grads, strict=True))
-            found = {p: totals[number, p] + x if (number, p) in totals else x for p, x in found.items()}
         else:
-            found = self.backward_loop(number, run, tape, cotangents, {p: totals.get((number, p)) for p in ports})
+            found = self.backward_loop(number, run, tape, cotangents, totals)
         for p, x in found.items():
-            self._hand_back(number, run, p, x, cotangents, gradients)
+            if run.local.static.kind.inputs[p].role is PortRole.PARAMETER:
+                totals.add(number, p, x)
+            else:
+                self._hand_back(run, p, x, cotangents)
 
     def _fenced(self, number: int, tape: Tape, seeds: dict[int, Any]) -> Tape:
         """Keeps XLA from doing again early what backward repeats, or from merging it with what was done before.
@@ -345,13 +338,8 @@ class Executor:
             return jnp.zeros(self.local_shape(shape, target), dtype)
         return self.move(cotangents[reference], shape, self.layouts.specs[reference], target)
 
-    def _hand_back(
-        self, number: int, run: Run, port: int, x: Any, cotangents: dict[str, Any], gradients: Gradients
-    ) -> None:
+    def _hand_back(self, run: Run, port: int, x: Any, cotangents: dict[str, Any]) -> None:
         way = run.inputs[port]
-        if run.local.static.kind.inputs[port].role is PortRole.PARAMETER:
-            gradients[number, port] = x
-            return
         source = run.local.input_spec(port)
         arrays = x if way.way is Way.STACKED and run.length > 1 else [x]
         references = way.references if way.way is Way.STACKED else way.references[:1]
@@ -362,25 +350,26 @@ class Executor:
             cotangents[reference] = cotangents[reference] + y if reference in cotangents else y
 
     def backward_loop(
-        self, number: int, run: Run, tape: Tape, cotangents: Mapping[str, Any], totals: Mapping[int, Any | None]
+        self, number: int, run: Run, tape: Tape, cotangents: Mapping[str, Any], totals: Totals
     ) -> dict[int, Any]:
-        """Gradients by input port, added to the totals that there are: those change in place, layer by layer."""
-        ways, ports = run.inputs, list(totals)
+        """Gradients by input port, but for those that are added to totals that there are: layer by layer, in place."""
+        ways = run.inputs
+        ports = [p for p, port in enumerate(run.local.static.kind.inputs) if port.gradient is not None]
         carried = [p for p in ports if ways[p].way is Way.CARRY]
         feeds = {ways[p].output: p for p in carried}
         shared = [p for p in ports if ways[p].way is Way.SHARED]
-        added = {p: totals[p] for p in ports if ways[p].way is Way.STACKED and totals[p] is not None}
+        added = [p for p in ports if ways[p].way is Way.STACKED and totals.holds(number, p)]
         stacked = [p for p in ports if ways[p].way is Way.STACKED and p not in added]
         seeded = self._seeded(run)
-        looped = [p for p, way in enumerate(ways) if way.way is not Way.SHARED]
+        layers = Layers.of({p: tape.inputs[p] for p, way in enumerate(ways) if way.way is not Way.SHARED}, run.length)
         extras = {q: x for q in seeded if (x := self._stacked_seeds(run, q, cotangents, q in feeds)) is not None}
         program = self.program(run)
 
-        def body(carry: tuple[dict, list, dict], xs: tuple[list, list, dict, Any]) -> tuple[tuple, list]:
-            back, sums, added = carry
+        def body(carry: tuple[dict, list, Any], xs: tuple[Any, list, dict, Any]) -> tuple[tuple, list]:
+            back, sums, changed = carry
             slices, residuals, outer, layer = xs
             inputs = list(tape.inputs)
-            for p, x in zip(looped, slices, strict=True):
+            for p, x in layers.ports(slices).items():
                 inputs[p] = x
             seeds = {q: self._back(run, q, back[q]) for q in back}
             for q, x in outer.items():
@@ -389,20 +378,23 @@ class Executor:
             grads = dict(zip(ports, program.backward(fenced.inputs, fenced.residuals, seeds), strict=True))
             back = {ways[p].output: grads[p] for p in carried}
             sums = [a + grads[p] for a, p in zip(sums, shared, strict=True)]
-            added = {p: _added_at(x, layer, grads[p]) for p, x in added.items()}
-            return (back, sums, added), [grads[p] for p in stacked]
+            for p in added:
+                changed = totals.with_row(changed, number, p, layer, grads[p])
+            return (back, sums, changed), [grads[p] for p in stacked]
 
         first = {q: self._last_seed(run, q, cotangents) for q in feeds}
-        before = [self._zero_gradient(run, p) if totals[p] is None else totals[p] for p in shared]
-        (back, sums, added), slices = lax.scan(
+        before = [self._zero_gradient(run, p) for p in shared]
+        (back, sums, changed), slices = lax.scan(
             body,
-            (first, before, added),
-            ([tape.inputs[p] for p in looped], tape.residuals, extras, jnp.arange(run.length)),
+            (first, before, totals.of_run(number) if added else {}),
+            (layers.slices, tape.residuals, extras, jnp.arange(run.length)),
             length=run.length,
             reverse=True,
         )
+        if added:
+            totals.put(changed)
         found = {p: back[ways[p].output] for p in carried}
-        return found | added | dict(zip(shared, sums, strict=True)) | dict(zip(stacked, slices, strict=True))
+        return found | dict(zip(shared, sums, strict=True)) | dict(zip(stacked, slices, strict=True))
 
     def _between_loops(self, x: Any) -> Any:
         """What passes from a loop forward to a loop backward, in its order of dims."""
@@ -437,10 +429,30 @@ class Executor:
         return jnp.stack([self._seed_of(run, port, i, rest) for i in range(run.length)])
 
 
-def _added_at(total: Any, index: Any, x: Any) -> Any:
-    """The total with one layer's part added in its row."""
-    row = lax.dynamic_index_in_dim(total, index, keepdims=False)
-    return lax.dynamic_update_index_in_dim(total, row + x, index, 0)
+@dataclass(frozen=True)
+class Layers:
+    """What each layer of a loop has of its own, by input port."""
+
+    stacks: Mapping[int, Any]
+    """Stacked over the layers; None where a port is not read."""
+    rows: Mapping[int, Rows]
+    length: int
+
+    @classmethod
+    def of(cls, ports: Mapping[int, Any], length: int) -> Layers:
+        """From what there is per port."""
+        rows = {p: x for p, x in ports.items() if isinstance(x, Rows)}
+        return cls({p: x for p, x in ports.items() if p not in rows}, rows, length)
+
+    @property
+    def slices(self) -> tuple[Mapping[int, Any], Any]:
+        """What a scan goes over."""
+        return self.stacks, jnp.arange(self.length) if self.rows else None
+
+    def ports(self, slices: tuple[Mapping[int, Any], Any]) -> dict[int, Any]:
+        """One layer's, from what the scan gives."""
+        stacks, layer = slices
+        return {**stacks, **{p: rows[layer] for p, rows in self.rows.items()}}
 
 
 def orders_dims(device: jax.Device) -> bool:

@@ -166,10 +166,10 @@ class Evaluation:
         found = self.nodes[node]
         if found.kind == "total":
             return [self._place(term, group) for group, term in self.terms(node).items()]
-        keys = self._sharing(key) if found.kind == "own" else [key]
+        keys = self.sharing(key) if found.kind == "own" else [key]
         return [self._place(operand, k) for k in keys for operand in found.operands]
 
-    def _sharing(self, key: str) -> list[str]:
+    def sharing(self, key: str) -> list[str]:
         """The groups that hold the slices of the parameter that one group has slices of."""
         if not self.sliced[key]:
             return [key]
@@ -202,7 +202,7 @@ class Evaluation:
     def _own(self, combine: str, operand: int, key: str) -> Any:
         """Per parameter of a stack; for slices of one parameter over all of them."""
         parts = []
-        for k in self._sharing(key):
+        for k in self.sharing(key):
             x = jnp.broadcast_to(self.known[self._place(operand, k)], self.shapes[k])
             dims = tuple(range(1 if self.stacked[k] and not self.sliced[k] else 0, x.ndim))
             parts.append(REDUCE[combine](x, axis=dims, keepdims=True))
@@ -219,7 +219,7 @@ class Evaluation:
         parts = [
             REDUCE[self.nodes[node].payload[0]](self._per_parameter(term, key))
             for key, term in self.terms(node).items()
-            if self._sharing(key)[0] == key
+            if self.sharing(key)[0] == key
         ]
         return reduce(COMBINE[self.nodes[node].payload[0]], parts)
 

@@ -30,7 +30,7 @@ from galvatron_jax.runtime.turns import take_turn
 class PipelineStep(StepProgram):
     """A train step of several stages.
 
-    The state's parameters are one flat array per dtype, `(devices, elements)`: each device has those of its stages.
+    The state's parameters are one flat array per dtype, `(devices, lines, LINE)`: each device has those of its stages.
     """
 
     stages: tuple[Stage, ...]
@@ -192,43 +192,70 @@ class PipelineStep(StepProgram):
 
     def _gradients(self, params: Flats, model_state: dict, batch: dict) -> tuple[Flats, dict, dict]:
         """Synchronised gradients in the optimizer's layout, new model state and metrics."""
-        engine = Engine(self.table, self.stages, self.plan.pipeline_axes, _row(params), self._unpack, self.clock)
-        outcome = engine.run(model_state, batch)
+        outcome = self.engine(_row(params)).run(model_state, batch)
         scale = 1.0 / outcome.weight
         metrics = {name: x * scale.astype(x.dtype) for name, x in outcome.sums.items()}
-        return _as_row(self._synchronised(engine, outcome.gradients, scale)), outcome.state, metrics
+        return _as_row(self._synchronised(outcome.gradients, scale)), outcome.state, metrics
+
+    def engine(self, params: Flats) -> Engine:
+        """What runs the schedule on local stored parameters."""
+        sums = self.storage.accumulated
+        return Engine(self.table, self.stages, self.plan.pipeline_axes, params, sums, self._unpack, self.clock)
 
     def _unpack(self, stage: int, flats: Flats) -> dict[str, Any]:
-        """A stage's stored arrays by key."""
+        """A stage's stored arrays by key; those of layers in a loop row by row."""
         stored, case = self.storage.stored, stage % self.storage.degree
         groups = self.stages[stage].executor.storage.groups
-        return {group.key: stored.read(case, (stage, group.key), flats) for group in groups}
+        return {
+            group.key: (stored.rows if group.stacked else stored.read)(case, (stage, group.key), flats)
+            for group in groups
+        }
 
-    def _synchronised(self, engine: Engine, accumulated: Flats, scale: Any) -> Flats:
+    def _synchronised(self, sums: Flats, scale: Any) -> Flats:
         """Sums over data axes inside each group of devices, then over the groups that share parameters."""
-        storage, packing = self.storage, engine.gradients
-
-        def reduced(case: int, arrays: tuple[Flats, dict]) -> tuple[Flats, dict]:
-            found: dict[Place, Any] = {}
-            for stage in self.stages[case :: storage.degree]:
-                own = {name: packing.read(case, (stage.number, *name), accumulated) for name in stage.gradient_shapes}
-                sums = Synchroniser(stage.executor).gradients(own, scale)
-                found |= {(stage.number, key): x for key, x in sums.items()}
-            return storage.mirrored.write(case, arrays[0], found), storage.exchanged(case, found)
+        storage = self.storage
 
         def shared(case: int, arrays: tuple[Flats, dict]) -> tuple[Flats, dict]:
             flats, totals = arrays
-            own = storage.mirrored.unpack(case, flats)
-            return storage.mirrored.write(case, flats, storage.with_exchanged(case, own, totals)), totals
+            new = storage.with_exchanged(case, storage.mirrored.view(case, flats), totals)
+            return storage.mirrored.write(case, flats, new), totals
 
         here, cases = lax.axis_index(storage.axes), range(storage.degree)
-        # Begun when the schedule is done: XLA would make these zeros with those of the accumulated gradients.
-        empty = (_zeros_after(scale, storage.mirrored.zeros()), storage.nothing_exchanged())
-        flats, parts = take_turn(here, {case: partial(reduced, case) for case in cases}, empty)
+        reduced = {case: partial(self._reduced, case, scale) for case in cases}
+        flats, parts = take_turn(here, reduced, (sums, storage.nothing_exchanged()))
         if not storage.shared:
             return flats
         totals = lax.psum(parts, storage.axes)
         return take_turn(here, {case: partial(shared, case) for case in cases}, (flats, totals))[0]
+
+    def _reduced(self, case: int, scale: Any, arrays: tuple[Flats, dict]) -> tuple[Flats, dict]:
+        """Sums over data axes inside one group of devices, in the place of what is summed; and what it shares."""
+        storage, flats = self.storage, arrays[0]
+        sums, mirrored = storage.accumulated, storage.mirrored
+        for stage in storage.stages[case :: storage.degree]:
+            done: set[str] = set()
+            for batch in stage.synchronised_batches:
+                own = {
+                    port: sums.places[case][stage.number, *port].part(batch.rows).read(flats) for port in batch.names
+                }
+                found = Synchroniser(stage.executor).summed(own, scale)
+                # All is read before anything is written: XLA would else keep a copy.
+                found, flats = lax.optimization_barrier((found, flats))
+                for key, x in found.items():
+                    place = stage.number, key
+                    again = key in done and batch.rows is None
+                    total = x + mirrored.read(case, place, flats) if again else x
+                    flats, done = mirrored.write(case, flats, {place: total}, rows=batch.rows), done | {key}
+            flats = mirrored.write(case, flats, self._without_gradient(stage, done))
+        return flats, storage.exchanged(case, mirrored.view(case, flats))
+
+    def _without_gradient(self, stage: Stage, done: set[str]) -> dict[Place, Any]:
+        groups, mesh = stage.executor.storage.groups, stage.executor.layouts.mesh
+        return {
+            (stage.number, group.key): jnp.zeros(group.local_shape(mesh, optimizer=True), group.dtype)
+            for group in groups
+            if group.key not in done
+        }
 
     def _update_own(self, gradients: Flats, opt_state: Any, params: Flats) -> tuple[Flats, Any]:
         """The update on the model's own arrays, taken out of the stages and put back."""
@@ -239,12 +266,6 @@ class PipelineStep(StepProgram):
         ]
         new, opt_state = program.update_own(arrays[0], opt_state, arrays[1])
         return self._put_in(new, storage.stored, optimizer=False), opt_state
-
-
-def _zeros_after(known: Any, flats: Flats) -> Flats:
-    """Flat arrays of zeros that are not there before a number is known."""
-    zeros = {name: lax.optimization_barrier((jnp.zeros((), x.dtype), known))[0] for name, x in flats.items()}
-    return {name: jnp.broadcast_to(zeros[name], x.shape) for name, x in flats.items()}
 
 
 def _row(flats: Mapping[str, Any]) -> Flats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -12,8 +13,10 @@ import jax.numpy as jnp
 
 from galvatron_jax.errors import InputError
 from galvatron_jax.runtime.clocks import Clock, clock_of
-from galvatron_jax.runtime.execution import Executor, Gradients, Tape
+from galvatron_jax.runtime.execution import Executor, Tape
+from galvatron_jax.runtime.packing import Batch, in_batches
 from galvatron_jax.runtime.runs import Way
+from galvatron_jax.runtime.totals import Totals
 from galvatron_jax.spec.model import ModelSpec, PortRole
 from galvatron_jax.trace.model import Traced
 
@@ -65,10 +68,28 @@ class Stage:
             for port, x in enumerate(run.local.static.kind.inputs):
                 if x.role is PortRole.PARAMETER and x.gradient is not None:
                     value, layout = run.local.gradient_of(port)
-                    lead = (run.length,) if run.inputs[port].way is Way.STACKED and run.length > 1 else ()
+                    lead = (run.length,) if self.stacks(number, port) else ()
                     dtype = program.flat.avals[value].dtype
                     found[number, port] = jax.ShapeDtypeStruct(lead + program.shape(value, layout), dtype)
         return found
+
+    def stacks(self, run: int, port: int) -> bool:
+        """Whether each layer of a run has its own array at an input port."""
+        found = self.executor.runs[run]
+        return found.length > 1 and found.inputs[port].way is Way.STACKED
+
+    # ------------------------------------------------------------------------------------------ once a step
+
+    @cached_property
+    def synchronised_batches(self) -> tuple[Batch[tuple[int, int]], ...]:
+        """Gradients by (run, port), as they are synchronised together; those of tied parameters whole."""
+        owned = self.executor.storage.owned
+        tied = set(self.executor.storage.tied.values())
+
+        def stacked(port: tuple[int, int]) -> bool:
+            return self.stacks(*port) and port in owned and owned[port] not in tied
+
+        return tuple(in_batches(self.gradient_shapes, stacked))
 
     # ------------------------------------------------------------------------------------------ passes
 
@@ -107,20 +128,21 @@ class Stage:
                 found[sink] = store[reference]
         return found
 
-    def backward(self, tapes: Sequence[Tape], cotangents: Mapping[str, Any]) -> tuple[Gradients, dict[str, Any]]:
-        """Gradients of parameters, and cotangents of what the stage received.
+    def backward(self, tapes: Sequence[Tape], cotangents: Mapping[str, Any], totals: Totals) -> dict[str, Any]:
+        """Cotangents of what the stage received.
 
         Args:
             tapes: as forward left them.
             cotangents: by reference, of what the stage sent; the loss's in the last one.
+            totals: what gradients of parameters are added to.
         """
         known = dict(cotangents)
-        gradients = self.executor.all_backward(tapes, known)
+        self.executor.all_backward(tapes, known, totals)
         handed: dict[str, Any] = {}
         for reference, shape in self.cotangent_shapes.items():
             x = known.get(reference)
             handed[reference] = jnp.zeros(shape.shape, shape.dtype) if x is None else x
-        return gradients, handed
+        return handed
 
     # ------------------------------------------------------------------------------------------ kept for backward
 

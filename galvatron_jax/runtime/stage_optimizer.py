@@ -8,7 +8,7 @@ parameters are taken out, updated as the model's own arrays, and put back.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from galvatron_jax.runtime.optimizer import trace_update, update_fn
 from galvatron_jax.runtime.optimizer_expression import COMBINE, IDENTITY, Evaluation, Node, StoredUpdate
 from galvatron_jax.runtime.optimizer_proof import UnprovedError, prove
 from galvatron_jax.runtime.optimizer_state import StoredState, flat, model_specs, nested
-from galvatron_jax.runtime.packing import Flats, Packing
+from galvatron_jax.runtime.packing import Batch, Flats, Packing, Range, View, in_batches
 from galvatron_jax.runtime.stage import Stage
 from galvatron_jax.runtime.stage_storage import Place, StageStorage
 from galvatron_jax.runtime.storage import Group
@@ -58,6 +58,7 @@ class StageEvaluation(Evaluation):
         slots: Sequence[Mapping[str, Any]],
         others: Mapping[int, Any],
         totals: Mapping[int, Any],
+        rows: Range | None = None,
     ) -> None:
         groups = stage.executor.storage.groups
         mesh = stage.executor.layouts.mesh
@@ -65,12 +66,15 @@ class StageEvaluation(Evaluation):
         self.owned = [g.key for g in groups if (stage.number, g.key) not in storage.copies]
         self.sliced = {g.key: update.sliced[storage.owner_of(g).key] for g in groups}
         self.shapes = {g.key: g.local_shape(mesh, optimizer=True) for g in groups}
+        if rows is not None:
+            self.shapes = {key: (rows[1] - rows[0], *shape[1:]) for key, shape in self.shapes.items()}
         self.stacked = {g.key: g.stacked for g in groups}
         self.axes = {g.key: _axes(g) for g in groups}
         self.arrays, self.slots, self.others = arrays, slots, others
         self.known = {(node, ""): x for node, x in totals.items()}
 
-    def _sharing(self, key: str) -> list[str]:
+    def sharing(self, key: str) -> list[str]:
+        """The stage's groups that hold slices of the parameter that one group has slices of."""
         if not self.sliced[key] or key not in self.owned:
             return [key]
         return [k for k in self.owned if self.layout.owners[k] == self.layout.owners[key]]
@@ -178,21 +182,28 @@ class StageOptimizer:
         after = {str(position): plain.value(node) for position, node in self.update.others.items()}
         return new, new_slots, {position: after.get(position, leaf) for position, leaf in others.items()}
 
-    def _evaluations(
-        self, case: int, flats: _Arrays, totals: Mapping[int, Any]
-    ) -> Iterable[tuple[Stage, StageEvaluation]]:
+    def _evaluation(
+        self, stage: Stage, current: Callable[[], _Arrays], totals: Mapping[int, Any], rows: Range | None = None
+    ) -> StageEvaluation:
+        """The update of one stage's arrays, or of some of their rows, each read when it is needed."""
         assert self.update is not None
-        found = self.storage.mirrored.unpack(case, flats.gradients)
-        stored = self.storage.stored.unpack(case, flats.params)
-        states = [packing.unpack(case, slot) for packing, slot in zip(self.slots, flats.slots, strict=True)]
-        for stage in self.storage.stages[case :: self.storage.degree]:
-            own = _of_stage(stored, stage.number)
-            arrays = {
-                "gradient": _of_stage(found, stage.number),
-                "parameter": Synchroniser(stage.executor).narrow(own),
-            }
-            mine = [_of_stage(state, stage.number) for state in states]
-            yield stage, StageEvaluation(self.update, self.storage, stage, arrays, mine, flats.others, totals)
+        case, storage = stage.number % self.storage.degree, self.storage
+
+        def read(packing: Packing[Place], key: str, flats: Flats) -> Any:
+            return packing.places[case][stage.number, key].part(rows).read(flats)
+
+        def gradient(key: str) -> Any:
+            return read(storage.mirrored, key, current().gradients)
+
+        def parameter(key: str) -> Any:
+            return Synchroniser(stage.executor).narrow({key: read(storage.stored, key, current().params)})[key]
+
+        def slot(index: int, key: str) -> Any:
+            return read(self.slots[index], key, current().slots[index])
+
+        arrays = {"gradient": View(gradient), "parameter": View(parameter)}
+        slots = [View(partial(slot, index)) for index in range(len(self.slots))]
+        return StageEvaluation(self.update, storage, stage, arrays, slots, current().others, totals, rows)
 
     def _case(
         self,
@@ -202,25 +213,56 @@ class StageOptimizer:
         totals: Mapping[int, Any],
         arrays: tuple[Flats, list[Flats]],
     ) -> tuple[Flats, list[Flats]]:
-        """What one group of devices does with its parameters and state."""
-        params, slots = arrays
-        flats = _Arrays(gradients, slots, leaves, params)
-        update = self.update
+        """What one group of devices does with its parameters and state.
+
+        Some arrays after others, all of which are read before anything is written: XLA would else keep a copy.
+        """
+        update, storage = self.update, self.storage
         assert update is not None
-        new: dict[Place, Any] = {}
-        states: list[dict[Place, Any]] = [{} for _ in self.slots]
-        for stage, run in self._evaluations(case, flats, totals):
-            groups = stage.executor.storage.groups
-            owners = {group.key: self.storage.owner_of(group).key for group in groups}
-            updated = {key: run.whole(update.parameters[owner], key) for key, owner in owners.items()}
-            published = Synchroniser(stage.executor).publish(updated)
-            new |= {(stage.number, key): x for key, x in published.items()}
-            for state, nodes in zip(states, update.slots, strict=True):
-                for key, owner in owners.items():
-                    if owner in nodes:
-                        state[stage.number, key] = run.whole(nodes[owner], key)
-        written = zip(self.slots, slots, states, strict=True)
-        return self.storage.stored.write(case, params, new), [p.write(case, flat, state) for p, flat, state in written]
+        now = _Arrays(gradients, arrays[1], leaves, arrays[0])
+
+        def current() -> _Arrays:
+            return now
+
+        for stage in storage.stages[case :: storage.degree]:
+            whole = self._evaluation(stage, current, totals)
+            for batch in self.batches(stage, whole):
+                rows, names = batch.rows, batch.names
+                run = whole if rows is None else self._evaluation(stage, current, totals, rows)
+                owners = {key: storage.owner_of(storage.group(stage.number, key)).key for key in names}
+                updated = {key: run.whole(update.parameters[owner], key) for key, owner in owners.items()}
+                states = [
+                    {key: run.whole(nodes[owner], key) for key, owner in owners.items() if owner in nodes}
+                    for nodes in update.slots
+                ]
+                published = Synchroniser(stage.executor).publish(updated)
+                (published, states), now = lax.optimization_barrier(((published, states), now))
+                params = storage.stored.write(case, now.params, _at(stage.number, published), rows=rows)
+                slots = [
+                    packing.write(case, flat, _at(stage.number, state), rows=rows)
+                    for packing, flat, state in zip(self.slots, now.slots, states, strict=True)
+                ]
+                now = now._replace(params=params, slots=slots)
+        return now.params, now.slots
+
+    def by_rows(self, group: Group) -> bool:
+        """Whether some layers of a stored array may be updated without the others."""
+        assert self.update is not None
+        return group.stacked and not self.update.sliced[self.storage.owner_of(group).key]
+
+    def batches(self, stage: Stage, run: StageEvaluation) -> Iterator[Batch[str]]:
+        """Keys of a stage's arrays, as they are updated together; those with slices of one parameter always are.
+
+        Slices may be reduced as one.
+        """
+        groups, mesh = {g.key: g for g in stage.executor.storage.groups}, stage.executor.layouts.mesh
+        parts: dict[str, list[str]] = {}
+        for key in groups:
+            parts.setdefault(next(iter(run.sharing(key)), key), []).append(key)
+        shapes = {first: groups[first].local_shape(mesh) for first in parts}
+        arrays = {first: jax.ShapeDtypeStruct(shape, groups[first].dtype) for first, shape in shapes.items()}
+        for batch in in_batches(arrays, lambda key: self.by_rows(groups[key])):
+            yield Batch(tuple(key for first in batch.names for key in parts[first]), batch.rows)
 
     # ------------------------------------------------------------------------------------------ over all parameters
 
@@ -276,7 +318,8 @@ class StageOptimizer:
 
     def _partials(self, level: Sequence[int], case: int, arrays: _Arrays, totals: Mapping[int, Any]) -> list[list[Any]]:
         """Per total, what the stages of one group of devices add to it."""
-        runs = [run for _, run in self._evaluations(case, arrays, totals)]
+        stages = self.storage.stages[case :: self.storage.degree]
+        runs = [self._evaluation(stage, lambda: arrays, totals) for stage in stages]
         found = [[run.partial(number) for run in runs] for number in level]
         return [[x for x in parts if x is not None] for parts in found]
 
@@ -304,8 +347,8 @@ class _Plain(Evaluation):
         self.known = {(node, ""): x for node, x in totals.items()}
 
 
-def _of_stage(arrays: Mapping[Place, Any], stage: int) -> dict[str, Any]:
-    return {key: x for (number, key), x in arrays.items() if number == stage}
+def _at(stage: int, arrays: Mapping[str, Any]) -> dict[Place, Any]:
+    return {(stage, key): x for key, x in arrays.items()}
 
 
 def _names(part: Any) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -96,8 +96,33 @@ class StageStorage:
 
     @cached_property
     def mirrored(self) -> Packing[Place]:
-        """The same in the optimizer's layout."""
-        return self.packing(optimizer=True)
+        """Gradients in the optimizer's layout, each where its sum was."""
+        sums = {
+            (stage.number, key): (stage.number, *port)
+            for stage in self.stages
+            for port, key in stage.executor.storage.owned.items()
+            if port in stage.gradient_shapes
+        }
+        return self.packing(optimizer=True).laid_over(self._sums, lambda _, place: sums.get(place))
+
+    @cached_property
+    def accumulated(self) -> Packing[tuple[int, int, int]]:
+        """Sums of gradients over micro-batches, by (stage, run, port), in the same flat arrays."""
+        return replace(self._sums, least=self.mirrored.sizes)
+
+    @cached_property
+    def _sums(self) -> Packing[tuple[int, int, int]]:
+        return Packing.of(
+            [
+                {
+                    (stage.number, *port): shape
+                    for stage in self.stages[group :: self.degree]
+                    for port, shape in stage.gradient_shapes.items()
+                }
+                for group in range(self.degree)
+            ],
+            stacked=lambda name: self.stages[name[0]].stacks(*name[1:]),
+        )
 
     def packing(
         self, *, optimizer: bool, dtype: Callable[[int, Group], Any] = lambda _, group: group.dtype
@@ -109,6 +134,7 @@ class StageStorage:
             dtype: of what mirrors a stage's stored array; None where nothing does.
         """
         cases: list[dict[Place, jax.ShapeDtypeStruct]] = [{} for _ in range(self.degree)]
+        stacks: set[Place] = set()
         for stage in self.stages:
             for group in stage.executor.storage.groups:
                 kind = dtype(stage.number, group)
@@ -116,7 +142,8 @@ class StageStorage:
                     shape = group.local_shape(stage.executor.layouts.mesh, optimizer=optimizer)
                     place = stage.number, group.key
                     cases[stage.number % self.degree][place] = jax.ShapeDtypeStruct(shape, kind)
-        return Packing.of(cases)
+                    stacks |= {place} if group.stacked else set()
+        return Packing.of(cases, stacked=stacks.__contains__)
 
     def owner_of(self, group: Group) -> Holder:
         """Who owns the (first) parameter of a stored array."""
@@ -231,13 +258,13 @@ class StageStorage:
         return found
 
     def with_exchanged(self, case: int, arrays: Mapping[Place, Any], totals: Mapping[str, Any]) -> dict[Place, Any]:
-        """The gradients of one group of devices with those of shared parameters summed over all stages."""
-        new = dict(arrays)
+        """Those gradients of one group of devices that hold shared parameters, with theirs summed over all stages."""
+        new: dict[Place, Any] = {}
         for reference, holders in self.shared.items():
             for holder in self._here(case, holders):
                 x = self.moved(totals[reference], holders[0], holder, optimizer=True)
                 place = holder.stage, holder.key
-                new[place] = x if holder.row is None else new[place].at[holder.row].set(x)
+                new[place] = x if holder.row is None else new.get(place, arrays[place]).at[holder.row].set(x)
         return new
 
     def _here(self, case: int, holders: Sequence[Holder]) -> Iterator[Holder]:

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from galvatron_jax.errors import PlanMismatchError
 from galvatron_jax.runtime.annotate import AnnotateExecutor, accumulate
 from galvatron_jax.runtime.birth import birth_specs
-from galvatron_jax.runtime.execution import Executor, Gradients, make_executor, orders_dims
+from galvatron_jax.runtime.execution import Executor, make_executor, orders_dims
 from galvatron_jax.runtime.optimizer import OptimizerProgram, make_optimizer
 from galvatron_jax.runtime.pipeline import PipelineStep
 from galvatron_jax.runtime.program import State, StepProgram
@@ -26,6 +26,7 @@ from galvatron_jax.runtime.runs import make_runs
 from galvatron_jax.runtime.stage import make_stages
 from galvatron_jax.runtime.storage import Storage
 from galvatron_jax.runtime.synchronise import Synchroniser
+from galvatron_jax.runtime.totals import Gradients
 from galvatron_jax.spec.plan import Plan
 from galvatron_jax.trace.model import Traced
 

@@ -13,8 +13,9 @@ from jax import lax
 from galvatron_jax.partition.layout import Step as LayoutStep
 from galvatron_jax.partition.layout import StepKind
 from galvatron_jax.runtime.emit import run_steps
-from galvatron_jax.runtime.execution import Executor, Gradients, spec_of
+from galvatron_jax.runtime.execution import Executor, spec_of
 from galvatron_jax.runtime.runs import Run, Way
+from galvatron_jax.runtime.totals import Gradients
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,15 @@ class Synchroniser:
             scale: what they are multiplied by.
         """
         storage, sizes = self.executor.storage, self.executor.layouts.mesh
+        found = self.summed(gradients, scale)
+        for group in storage.groups:
+            if group.key not in found:
+                found[group.key] = jnp.zeros(group.local_shape(sizes, optimizer=True), group.dtype)
+        return {g.key: found[g.key] for g in storage.groups}
+
+    def summed(self, gradients: Gradients, scale: Any) -> dict[str, Any]:
+        """The same of some gradients alone, or of some rows of them; what belongs to one parameter is added up."""
+        storage, sizes = self.executor.storage, self.executor.layouts.mesh
         found: dict[str, Any] = {}
         for (number, port), x in gradients.items():
             run = self.executor.runs[number]
@@ -39,12 +49,9 @@ class Synchroniser:
             if key is None:
                 key, x = self._tied(number, run, port, x)
             group = storage.group(key)
-            x = jnp.reshape(x, group.local_shape(sizes, optimizer=True))
+            x = _like(x, group.local_shape(sizes, optimizer=True), stacked=group.stacked)
             found[key] = found[key] + x if key in found else x
-        for group in storage.groups:
-            if group.key not in found:
-                found[group.key] = jnp.zeros(group.local_shape(sizes, optimizer=True), group.dtype)
-        return {g.key: found[g.key] for g in storage.groups}
+        return found
 
     def _reduced(self, run: Run, port: int, x: Any, *, stacked: bool) -> Any:
         """One gradient from its accumulated layout to the optimizer's."""
@@ -86,7 +93,7 @@ class Synchroniser:
             source, target = (stored, own) if narrow else (own, stored)
             x = jnp.reshape(params[key], params[key].shape[:lead] + tuple(source))
             x = _narrowed(x, steps, target, lead=lead) if narrow else run_steps(x, steps, target, lead=lead)
-            found[key] = jnp.reshape(x, group.local_shape(sizes, optimizer=narrow))
+            found[key] = _like(x, group.local_shape(sizes, optimizer=narrow), stacked=group.stacked)
         return found
 
     def _optimizer_shape(self, run: Run, port: int) -> tuple[int, ...]:
@@ -99,6 +106,11 @@ class Synchroniser:
             n // math.prod(axes[a] for factor in dim for a in factor)
             for n, dim in zip(whole, entry.optimizer, strict=True)
         )
+
+
+def _like(x: Any, shape: tuple[int, ...], *, stacked: bool) -> Any:
+    """An array in the shape of a stored one, of which it may be some of the rows."""
+    return jnp.reshape(x, x.shape[:1] + shape[1:] if stacked else shape)
 
 
 def _narrowed(x: Any, gathers: Sequence[LayoutStep], shape: tuple[int, ...], *, lead: int) -> Any:

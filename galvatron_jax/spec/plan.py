@@ -86,10 +86,10 @@ class MemoryBreakdown(Record):
     residual_bytes: int
     """What forward keeps for backward, boundary activations included."""
     workspace_bytes: int
-    """Temporaries of the largest layer: gathered weights, logits."""
+    """Temporaries of the largest layer: gathered weights, logits; in a pipeline also the parameters of a layer outside
+    of loops, taken out of the flat arrays, and its gradients of one micro-batch."""
     copied_bytes: int = 0
-    """Parameters once more: under ZeRO 3 in the order in which they are gathered; in a pipeline taken out of the flat
-    arrays in which a stage stores them, there with the gradients of one micro-batch before they are added up."""
+    """Parameters once more, under ZeRO 3 in the order in which they are gathered."""
     batch_bytes: int = 0
     state_bytes: int = 0
     """Random keys and counters, batch statistics, the number of the step."""

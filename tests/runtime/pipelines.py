@@ -23,6 +23,7 @@ MIXES: dict[int, dict[str, tuple[LayerStrategy, ...]]] = {
         ),
         "dp-and-tp": (plain(dp="bc"), plain(dp="bc"), plain(tp="bc"), plain(dp="bc", zero=1)),
         "dp": (plain(dp="bc"),),
+        "alike": (plain(dp="bc", zero=1),),
         "zero3": (plain(dp="bc", zero=3), megatron("bc", zero=3, remat="dots"), plain(dp="bc", zero=3)),
     },
     4: {
@@ -31,7 +32,8 @@ MIXES: dict[int, dict[str, tuple[LayerStrategy, ...]]] = {
         "zero3": (plain(dp="c", zero=3, remat="full"), megatron("c"), plain(dp="c", zero=3)),
     },
 }  # fmt: skip
-"""Per pipeline degree, strategies that the layers of a model take in turn, over the axes inside a stage."""
+"""Per pipeline degree, strategies that the layers of a model take in turn, over the axes inside a stage. Stages have
+loops where layers take the same."""
 
 SCHEDULES = (Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.ONE_F_ONE_B_STASH, Schedule.INTERLEAVED)
 
@@ -50,7 +52,8 @@ LAYERS = {"gpt2_tied_dropout": 6, "llama": 6, "t5": 7, "swin": 10, "moe": 4}
 SAMPLE = {
     ("gpt2_tied_dropout", 2, Schedule.ONE_F_ONE_B, "every-kind"), ("llama", 4, Schedule.ONE_F_ONE_B_STASH, "dp-and-tp"),
     ("t5", 2, Schedule.ONE_F_ONE_B_STASH, "dp-and-tp"), ("gpt2_tied_dropout", 2, Schedule.INTERLEAVED, "zero3"),
-    ("moe", 2, Schedule.GPIPE, "dp-and-tp"),
+    ("moe", 2, Schedule.GPIPE, "dp-and-tp"), ("llama", 2, Schedule.ONE_F_ONE_B, "alike"),
+    ("gpt2_tied_dropout", 2, Schedule.ONE_F_ONE_B_STASH, "alike"),
 }  # fmt: skip
 """What runs without `slow`."""
 

@@ -6,6 +6,7 @@ import optax
 import pytest
 
 from galvatron_jax.errors import DeadlockError
+from galvatron_jax.runtime import packing
 from galvatron_jax.runtime.collectives import (
     CollectiveSignature,
     bytes_by_group,
@@ -90,6 +91,20 @@ def test_collectives_of_pipelines_are_as_planned(case: PipelineCase) -> None:
     compiled = compiled_collectives(step, without_passes=passes)
     assert bytes_by_group(compiled) == bytes_by_group(planned)
     assert permutes_in_branches(step.compiled.as_text()) == []
+
+
+@pytest.mark.parametrize("mix", ["alike", "dp"])
+def test_collectives_of_large_stacks_are_as_planned(mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is synchronised and gathered in parts is no more in all."""
+    case = PipelineCase("llama", 2, Schedule.ONE_F_ONE_B, mix, 4)
+    whole = predicted_collectives(case.build(OPTIMIZER))
+    monkeypatch.setattr(packing, "_PART_BYTES", 1)
+    step = case.build(OPTIMIZER)
+    planned = predicted_collectives(step)
+    assert planned.total() > whole.total()
+    assert bytes_by_group(planned) == bytes_by_group(whole)
+    assert traced_collectives(step) == planned
+    assert lowered_collectives(step) == predicted_collectives(step, once=True)
 
 
 def test_pipelines_synchronise_gradients_once_whatever_the_number_of_microbatches() -> None:

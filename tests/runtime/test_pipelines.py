@@ -13,6 +13,7 @@ from flax import nnx
 
 from galvatron_jax.errors import InputError
 from galvatron_jax.models import registry
+from galvatron_jax.runtime import packing
 from galvatron_jax.runtime.optimizer_state import nested
 from galvatron_jax.runtime.program import State, StepProgram
 from galvatron_jax.runtime.step import build_step
@@ -65,6 +66,28 @@ def test_a_pipeline_trains_as_one_device_does(case: PipelineCase) -> None:
         np.testing.assert_allclose(found.losses, wanted.losses, rtol=TOLERANCE, err_msg=f"loss under {optimizer}")
         assert differences(found.gradients, wanted.gradients) == {}, "gradients"
         assert differences(found.model_state, wanted.model_state) == {}, f"state under {optimizer}"
+        assert differences(found.parameters, wanted.parameters) == {}, f"parameters under {optimizer}"
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize(
+    "case",
+    [
+        TIED,
+        PipelineCase("llama", 2, Schedule.ONE_F_ONE_B, "every-kind", 2),
+        PipelineCase("llama", 2, Schedule.GPIPE, "alike", 2),
+    ],
+    ids=str,
+)
+def test_arrays_are_synchronised_and_updated_in_parts(case: PipelineCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer by layer, whatever their size."""
+    monkeypatch.setattr(packing, "_PART_BYTES", 1)
+    monkeypatch.setattr(packing, "_BATCH_BYTES", 1)
+    step = case.build(either(*OPTIMIZERS.values()))
+    for optimizer in OPTIMIZERS:
+        wanted = reference(case.model, optimizer, case.num_microbatches)
+        found = train(step, case.model, optimizer, case.num_microbatches)
+        assert differences(found.gradients, wanted.gradients) == {}, "gradients"
         assert differences(found.parameters, wanted.parameters) == {}, f"parameters under {optimizer}"
 
 
