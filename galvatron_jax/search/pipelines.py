@@ -26,8 +26,8 @@ _NEAR = 1.03
 _IMPROVED = 3
 """Drafts improved at most, the fastest."""
 _THOROUGH = 4000
-"""Options of all layers together up to which the best draft is improved as far as it goes: more take seconds, and
-gain some thousandths of a percent."""
+"""Options of all layers together up to which the best draft is improved as far as it goes, and problems are solved
+exactly though another one is left open: more take seconds, and gain some thousandths of a percent."""
 _SPARINGS = 4
 """Times that a problem is solved, with ever less of the budget, until its program fits."""
 _GROWTH = 1.25
@@ -352,14 +352,17 @@ class PipelineSearch:
                     better.append(replace(one, solution=solution))
         for one in sorted(better, key=lambda one: one.seconds)[:1]:
             pipeline = one.problem.pipeline
-            if sum(map(len, pipeline.layers)) > _THOROUGH:
+            if _is_large(pipeline):
                 continue
             solver = self._solver(pipeline, one.problem.spare_bytes)
             if solver is not None and one.solution is not None and not self._late():
                 self._offer(one.problem, solver.improve(one.solution))
 
     def _close(self, drafted: list[_Drafted]) -> None:
-        """Solves exactly what is still open, the lowest bound first."""
+        """Solves exactly what is still open, the lowest bound first.
+
+        Once one was left open, solving others proves nothing more; large ones, which take seconds, are left as well.
+        """
         for one in sorted(drafted, key=lambda one: one.bound_s):
             if not self._promising(one.bound_s):
                 break
@@ -368,7 +371,8 @@ class PipelineSearch:
                 continue
             bound = solver.bound(self._upper_s)
             if self._promising(bound):
-                self.effort.leave_open(bound if self._late() else self._solve(one.problem, bound))
+                vain = _is_large(one.problem.pipeline) and self.effort.open_s <= bound
+                self.effort.leave_open(bound if vain or self._late() else self._solve(one.problem, bound))
 
     def _solve(self, problem: PipelineProblem, bound_s: float) -> float:
         """Solves a problem exactly, sparing ever more of the budget until its program fits.
@@ -401,6 +405,10 @@ class PipelineSearch:
             self.effort.planned += builder.tables.costs.table.planned
             self.effort.priced += builder.tables.priced
             self.effort.estimated += builder.tables.estimated
+
+
+def _is_large(pipeline: Pipeline) -> bool:
+    return sum(map(len, pipeline.layers)) > _THOROUGH
 
 
 def least_pipeline(
