@@ -73,7 +73,7 @@ def compiled(num_layers: int) -> dict[str, Any]:
         "layers": num_layers,
         "target": TARGET,
         "peak_gib": round(found.memory.peak_bytes / GIB, 3),
-        "predicted_peak_gib": round(found.prediction.largest.total_bytes / GIB, 3),
+        "predicted_peak_gib": round(found.prediction.peak_bytes / GIB, 3),
         "argument_gib": round(found.memory.argument_bytes / GIB, 3),
         "predicted_argument_gib": round(max(m.argument_bytes for m in found.prediction.memory) / GIB, 3),
         "memory_error": round(found.memory_error, 4),

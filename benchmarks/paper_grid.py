@@ -213,7 +213,7 @@ def best(
         planner: the partitioner.
         known: what was found with more memory: where that fits, or nothing did, there is no more to find.
     """
-    if isinstance(known, str) or (known is not None and known.prediction.largest.total_bytes <= memory_bytes):
+    if isinstance(known, str) or (known is not None and known.prediction.peak_bytes <= memory_bytes):
         return known
     if way.space.pipeline_degrees is not None and min(way.space.pipeline_degrees) > len(model.layers):
         return "too few layers"

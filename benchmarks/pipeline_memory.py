@@ -73,7 +73,7 @@ def compiled(model: Traced, schedule: Schedule, count: int) -> dict[str, Any]:
         "peak_gib": round(found.peak_memory_in_bytes / GIB, 3),
         "argument_gib": round(found.argument_size_in_bytes / GIB, 3),
         "temporary_gib": round(found.temp_size_in_bytes / GIB, 3),
-        "predicted_gib": round(predicted.largest.total_bytes / GIB, 3),
+        "predicted_gib": round(predicted.peak_bytes / GIB, 3),
         "compile_s": round(time.perf_counter() - begin, 1),
     }
 
