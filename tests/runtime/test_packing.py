@@ -88,6 +88,23 @@ def test_some_rows_are_written_without_the_others() -> None:
     assert np.array_equal(found.places[0]["stack"].part((1, 2)).read(flats), x[1:2])
 
 
+def test_there_may_be_more_elements_than_32_bits_count() -> None:
+    shapes = {
+        "before": jax.ShapeDtypeStruct((2**32,), "bfloat16"),
+        "stack": jax.ShapeDtypeStruct((3, 2**31), "bfloat16"),
+    }
+    found = Packing.of([shapes], stacked=stacked)
+    flats = {"bfloat16": jax.ShapeDtypeStruct((found.sizes["bfloat16"], LINE), "bfloat16")}
+    assert found.places[0]["stack"].part((2, 3)).first * LINE == 2**33
+
+    def change(flats: Any, x: jax.Array, row: jax.Array) -> Any:
+        read = found.rows(0, "stack", flats)[row]
+        return found.write(0, found.add(0, flats, "stack", read, row=row), {"stack": x}, rows=(2, 3))
+
+    changed = jax.eval_shape(change, flats, jax.ShapeDtypeStruct((1, 2**31), "bfloat16"), jnp.int32(2))
+    assert changed["bfloat16"].shape == flats["bfloat16"].shape
+
+
 def test_random_keys_are_kept_as_words() -> None:
     keys = jax.random.split(jax.random.key(3), 4)
     found = Packing.of([{"keys": keys}])
