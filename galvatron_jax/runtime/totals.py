@@ -53,7 +53,7 @@ class PackedTotals(Totals):
         self.packing, self.flats, self.case, self.stage = packing, flats, case, stage
 
     def holds(self, run: int, port: int) -> bool:
-        """Always: the flat arrays begin as zeros."""
+        """Whether the port has a gradient at all: the flat arrays begin as zeros."""
         return (self.stage, run, port) in self.packing.places[self.case]
 
     def of_run(self, run: int) -> Arrays:

@@ -26,8 +26,9 @@ _NEAR = 1.03
 _IMPROVED = 3
 """Drafts improved at most, the fastest."""
 _THOROUGH = 4000
-"""Options of all layers together up to which the best draft is improved as far as it goes, and problems are solved
-exactly though another one is left open: more take seconds, and gain some thousandths of a percent."""
+"""Options of all layers together up to which the best draft is improved as far as it goes, for more takes seconds and
+gains some thousandths of a percent; and up to which problems are solved exactly though another one is left open. With
+96 layers on 1024 devices that was two thirds of a search, and found nothing better."""
 _SPARINGS = 4
 """Times that a problem is solved, with ever less of the budget, until its program fits."""
 _GROWTH = 1.25
