@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 PYTEST_ARGS ?=
 
 BENCHMARKS := planning_speed large_model compile_time step_overhead
-SEARCH_BENCHMARKS := search_speed paper_grid
+SEARCH_BENCHMARKS := search_speed heuristics paper_grid
 COMPILER_BENCHMARKS := pipeline_memory large_pipeline executors memory_accuracy
 HOST_BENCHMARKS := pipeline_time time_accuracy
 

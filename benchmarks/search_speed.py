@@ -109,11 +109,12 @@ def trace_models(folder: Path, models: Iterable[str]) -> dict[str, dict[str, flo
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def find(case: Case, folder: Path, *, repeats: int) -> dict[str, Any]:
-    """The median of fresh processes."""
+def find(case: Case, folder: Path, *, repeats: int, options: Iterable[str] = ()) -> dict[str, Any]:
+    """The median of fresh processes; `options` as `time_search.py` takes them."""
     command = [sys.executable, str(PARTS / "time_search.py"), str(folder / f"{case.name}.json")]
     command += [case.cluster, str(case.global_batch), "--limit", str(STOP_S)]
     command += [] if case.memory_gib is None else ["--memory", str(case.memory_gib * GIB)]
+    command += options
     found = [_run(command)]
     while len(found) < repeats and found[0]["cpu_s"] < STOP_S / 4:
         found.append(_run(command))

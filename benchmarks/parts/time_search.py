@@ -1,4 +1,4 @@
-"""Searches once, on one core and without JAX: `time_search.py SPEC CLUSTER BATCH [--memory BYTES] [--limit S]`.
+"""Searches once, on one core and without JAX: `time_search.py SPEC CLUSTER BATCH [--memory BYTES] …`.
 
 Prints one JSON object: CPU seconds of the search, where they went, peak memory of the process, and what was found.
 Reading the spec is not part of the time. Where it goes is seen by looking at the stack every few milliseconds of CPU
@@ -24,7 +24,7 @@ for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[threads] = "1"
 
 from galvatron_jax.errors import InfeasibleError  # noqa: E402
-from galvatron_jax.search import OptimizerMemory, SearchResult, SearchSpace, search  # noqa: E402
+from galvatron_jax.search import OptimizerMemory, Rule, SearchResult, SearchSpace, search  # noqa: E402
 from galvatron_jax.search.explain import describe_groups  # noqa: E402
 from galvatron_jax.spec.model import ModelSpec  # noqa: E402
 from galvatron_jax.spec.presets import cluster_preset  # noqa: E402
@@ -81,7 +81,7 @@ def main() -> None:
             global_batch=options.batch,
             memory_bytes=options.memory,
             optimizer=ADAM,
-            space=SearchSpace(pipeline_degrees=None),
+            space=SearchSpace(pipeline_degrees=None, disabled_rules=frozenset(options.without)),
             time_limit_s=options.limit,
             runners_up=False,
         )
@@ -102,6 +102,7 @@ def _found(result: SearchResult | None) -> dict[str, Any]:
         "fits": True,
         "step_s": result.prediction.time.step_s,
         "gap": statistics.gap,
+        "over_bytes": max(0, result.prediction.peak_bytes - (result.prediction.memory_budget_bytes or 0)),
         "pipeline_degree": plan.pipeline_degree,
         "schedule": plan.schedule.value,
         "num_microbatches": plan.num_microbatches,
@@ -119,6 +120,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("batch", type=int)
     parser.add_argument("--memory", type=int, help="bytes per device; the device's own by default")
     parser.add_argument("--limit", type=float, help="seconds after which the best so far is taken")
+    parser.add_argument("--without", type=Rule, action="append", default=[], help="a rule not to apply")
     return parser.parse_args()
 
 

@@ -11,7 +11,7 @@ from galvatron_jax.cost.pipeline import predict_pipeline
 from galvatron_jax.cost.planner import PlanTable
 from galvatron_jax.cost.step import predict
 from galvatron_jax.search.chain import Chain, Solution, evaluate
-from galvatron_jax.search.pipelines import PipelineBest
+from galvatron_jax.search.pipeline_problems import PipelineBest
 from galvatron_jax.search.problems import Best
 from galvatron_jax.spec.plan import LayerGroup, Plan, Stage
 from galvatron_jax.spec.strategy import LayerStrategy

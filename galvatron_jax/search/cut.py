@@ -37,6 +37,8 @@ from galvatron_jax.search.polish import StageChoices, best_pure, stage_weights
 from galvatron_jax.search.suffixes import Suffixes
 
 _ROUNDS = 30
+_KNOWN = 12
+"""Prices of cuts that are remembered, the latest."""
 _MOST = 400_000
 """Labels beyond which a cut is left open."""
 _ROUNDING = 1e-11
@@ -94,7 +96,7 @@ class CutSolver:
         """The prices that bound the cut best."""
         problem = self.problem
         # What bounds a cut like this one may do at once. Stages that weigh nothing there have no good choices yet.
-        begin = [weights for weights in (self._known, _even(problem)) if weights]
+        begin = [*self._known[:1], _even(problem)]
         best = Priced((), ())
         for number in range(_ROUNDS):
             self._check_time()
@@ -104,7 +106,7 @@ class CutSolver:
                 best, self.bound_s = found, max(self.bound_s, found.bound_s)
             if self.bound_s >= self._below or (number >= len(begin) and not self._grew):
                 break
-        self.minima.known.weights[self._kind] = best.weights
+        self.minima.known.weights[self._kind] = (best.weights, *self._known)[:_KNOWN]
         if self.bound_s < self._below:
             self._offer(best_pure(problem, stages, self.starts))
         return best
@@ -115,18 +117,20 @@ class CutSolver:
         return self.problem.schedule, self.problem.degree, self.problem.num_microbatches
 
     @property
-    def _known(self) -> tuple[Weight, ...] | None:
-        return self.minima.known.weights.get(self._kind)
+    def _known(self) -> tuple[tuple[Weight, ...], ...]:
+        return self.minima.known.weights.get(self._kind, ())
 
     def _guess(self) -> None:
-        """Bounds the cut by the prices of another one, without closing any gap of a stage."""
-        if self._known is not None:
-            ends = [self._ends(stage) for stage in range(len(self.starts))]
+        """Bounds the cut by the prices of other ones, without closing any gap of a stage."""
+        ends = [self._ends(stage) for stage in range(len(self.starts))]
+        for weights in self._known:
             least = [
                 self.minima.least(stage, *ends[stage], weight, exact=False).seconds
-                for stage, weight in enumerate(self._known)
+                for stage, weight in enumerate(weights)
             ]
             self.bound_s = max(self.bound_s, math.fsum(least))
+            if self.bound_s >= self._below:
+                return
 
     def _add(self, stages: list[StageChoices], weights: tuple[Weight, ...]) -> list[float]:
         least, self._grew = [], False

@@ -17,13 +17,8 @@ from galvatron_jax.search.collection import collection_paused
 from galvatron_jax.search.explain import RunnerUp, SearchResult, SearchStatistics
 from galvatron_jax.search.families import FAMILIES
 from galvatron_jax.search.infeasible import nothing_fits
-from galvatron_jax.search.pipelines import (
-    Layout,
-    PipelineBest,
-    PipelineSearch,
-    layouts_of,
-    least_pipeline,
-)
+from galvatron_jax.search.pipeline_problems import Layout, PipelineBest, layouts_of
+from galvatron_jax.search.pipelines import PipelineSearch, least_pipeline
 from galvatron_jax.search.problems import Best, Chains, Effort, Problem, Progress, build_problems, fastest, least_memory
 from galvatron_jax.search.space import Rule, SearchSpace, meshes_for
 from galvatron_jax.spec.cluster import ClusterSpec

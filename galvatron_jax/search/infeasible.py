@@ -9,7 +9,7 @@ from galvatron_jax.cost.planner import PlanTable
 from galvatron_jax.cost.step import plan_memory
 from galvatron_jax.errors import InfeasibleError
 from galvatron_jax.search.explain import describe_groups, memory_rows
-from galvatron_jax.search.pipelines import PipelineBest
+from galvatron_jax.search.pipeline_problems import PipelineBest
 from galvatron_jax.search.problems import Best
 from galvatron_jax.search.space import SearchSpace
 from galvatron_jax.spec.plan import MeshAxis, Plan

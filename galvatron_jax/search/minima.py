@@ -104,8 +104,8 @@ class Known:
     answers: dict[tuple, _Answer] = field(default_factory=dict)
     parts: dict[tuple[int, ...], tuple[int, tuple]] = field(default_factory=dict)
     """Layers and moves that stages are made of, by their identities: a number for them, and themselves."""
-    weights: dict[tuple, tuple[Weight, ...]] = field(default_factory=dict)
-    """Of the stages: those that bounded some cut well, per schedule, degree and number of micro-batches."""
+    weights: dict[tuple, tuple[tuple[Weight, ...], ...]] = field(default_factory=dict)
+    """Of the stages: those that bounded the latest cuts well, per schedule, degree and number of micro-batches."""
 
     def number(self, parts: tuple) -> int:
         """A number for some layers and moves, the same whenever they are the same."""

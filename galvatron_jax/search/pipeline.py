@@ -8,8 +8,10 @@ such that every group's bytes fit. Values that cross a cut wait in the plan-wide
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,11 @@ from galvatron_jax.cost.pipeline import residuals_kept
 from galvatron_jax.cost.schedules import TickKinds, in_flight, makespan, recomputes, tick_kinds
 from galvatron_jax.spec.plan import Schedule
 from galvatron_jax.spec.strategy import LayerStrategy
+
+_PER_OPTION = (
+    "forward_s", "backward_s", "once_s", "static_bytes", "residual_bytes", "workspace_bytes", "boundary",
+)  # fmt: skip
+"""Fields of `StageOptions` with a figure for each option."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +173,42 @@ class Pipeline:
         inputs = self.in_flight[stage] * self.cuts[start].bytes if start else 0
         made = sum(held.bytes for held in self.held if start <= held.producer < stop)
         return inputs + self.residuals_kept(stage) * made
+
+
+def together(problems: Sequence[Pipeline]) -> Pipeline:
+    """A problem with the plans of several that differ in the layouts of tied parameters alone, and with more.
+
+    Layers that share a parameter need not agree on its layout, so no plan of any of the problems beats its best one.
+    """
+    if len(problems) == 1:
+        return problems[0]
+    made: dict[tuple[int, ...], StageOptions] = {}
+    return replace(
+        problems[0],
+        layers=tuple(_together(each, made) for each in zip(*(one.layers for one in problems), strict=True)),
+        repeats=tuple(
+            None if each[0] is None else _together([one for one in each if one is not None], made)
+            for each in zip(*(one.repeats for one in problems), strict=True)
+        ),
+        ties=tuple(
+            Tie(each[0].users, min(tie.exchange_s for tie in each))
+            for each in zip(*(one.ties for one in problems), strict=True)
+        ),
+    )
+
+
+def _together(every: Sequence[StageOptions], made: dict[tuple[int, ...], StageOptions]) -> StageOptions:
+    unlike = list({id(options): options for options in every}.values())
+    if len(unlike) == 1:
+        return unlike[0]
+    key = tuple(map(id, unlike))
+    if key not in made:
+        strategies = tuple(strategy for options in unlike for strategy in options.strategies)
+        columns: dict[str, Any] = {
+            name: np.concatenate([getattr(options, name) for options in unlike]) for name in _PER_OPTION
+        }
+        made[key] = replace(unlike[0], strategies=strategies, **columns)
+    return made[key]
 
 
 @dataclass(frozen=True)

@@ -8,121 +8,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from galvatron_jax.cost.model import Batching, CostModel
-from galvatron_jax.cost.pipeline import Pipelining, predict_pipeline
+from galvatron_jax.cost.pipeline import Pipelining
 from galvatron_jax.search.bounds import seconds_of_work
 from galvatron_jax.search.minima import Known
 from galvatron_jax.search.partition import TOLERANCE, PipelineSolver
-from galvatron_jax.search.pipeline import Pipeline, PipelineSolution, evaluate
+from galvatron_jax.search.pipeline import Pipeline, PipelineSolution, together
+from galvatron_jax.search.pipeline_problems import Layout, PipelineBest, PipelineProblem, Variants, schedules_of
 from galvatron_jax.search.problems import Effort, Progress
 from galvatron_jax.search.space import Rule, SearchSpace, batch_axes_for
 from galvatron_jax.search.stages import PipelineBuilder
 from galvatron_jax.search.tables import TableBuilder
 from galvatron_jax.search.work import Computation, Work
-from galvatron_jax.spec.plan import MeshAxis, Schedule
-from galvatron_jax.spec.strategy import LayerStrategy
 
 _NEAR = 1.03
 """Drafts slower than the best plan by no more than this are worth improving."""
 _IMPROVED = 3
 """Drafts improved at most, the fastest."""
-_THOROUGH = 4000
-"""Options of all layers together up to which the best draft is improved as far as it goes, for more takes seconds and
-gains some thousandths of a percent; and up to which problems are solved exactly though another one is left open. With
-96 layers on 1024 devices that was two thirds of a search, and found nothing better."""
 _SPARINGS = 4
 """Times that a problem is solved, with ever less of the budget, until its program fits."""
 _GROWTH = 1.25
 """From one budget to the next, where none fits the one given."""
-
-
-@dataclass(frozen=True, eq=False)
-class PipelineProblem:
-    """One pipeline, with what it was made from."""
-
-    builder: PipelineBuilder
-    pipelining: Pipelining
-    batching: Batching
-    pipeline: Pipeline
-    bound_s: float
-    """No plan of it that fits takes less."""
-    spare_bytes: int = 0
-    """Of the budget, not for a group's own stages: one program serves all groups, and holds the most of each part that
-    any of them needs."""
-
-    @property
-    def costs(self) -> CostModel:
-        """Prices of its options."""
-        return self.builder.tables.costs
-
-    def strategies(self, solution: PipelineSolution) -> tuple[LayerStrategy, ...]:
-        """One strategy per layer."""
-        stops = (*solution.starts[1:], len(self.pipeline.layers))
-        return tuple(
-            self.pipeline.options(layer, start).strategies[solution.options[layer]]
-            for start, stop in zip(solution.starts, stops, strict=True)
-            for layer in range(start, stop)
-        )
-
-    def peak_bytes(self, solution: PipelineSolution) -> int:
-        """What the program of a solution needs on every device; see `MemoryBreakdown.peak_bytes`."""
-        prediction = predict_pipeline(
-            self.costs,
-            self.pipelining,
-            solution.starts,
-            self.strategies(solution),
-            self.batching,
-            memory_bytes=None,
-        )
-        return prediction.peak_bytes
-
-    def own_bytes(self, solution: PipelineSolution) -> list[int]:
-        """What each group's own stages need, without room for others' micro-batches in flight."""
-        exact = evaluate(replace(self.pipeline, slots_alike=False), solution.starts, solution.options)
-        return [size + self.pipeline.fixed_bytes for size in exact.bytes]
-
-
-@dataclass(frozen=True)
-class PipelineBest:
-    """A solution of a pipeline."""
-
-    problem: PipelineProblem
-    solution: PipelineSolution
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a mesh is shared between stages and what lies inside them."""
-
-    pipeline_axes: tuple[MeshAxis, ...]
-    stage_axes: tuple[MeshAxis, ...]
-
-    @property
-    def degree(self) -> int:
-        """Groups of devices."""
-        return Pipelining(Schedule.ONE_F_ONE_B, self.pipeline_axes).degree
-
-
-def layouts_of(meshes: tuple[tuple[MeshAxis, ...], ...], space: SearchSpace) -> tuple[Layout, ...]:
-    """Every way to lay stages along the first axes of a mesh, slowest links first; those that look alike once."""
-    found: dict[tuple, Layout] = {}
-    for mesh in meshes:
-        for cut in range(1, len(mesh) + 1):
-            layout = Layout(mesh[:cut], mesh[cut:])
-            if space.pipeline_degrees is not None and layout.degree not in space.pipeline_degrees:
-                continue
-            links = sorted((axis.size, axis.level) for axis in layout.pipeline_axes)
-            found.setdefault((tuple(links), tuple((axis.size, axis.level) for axis in layout.stage_axes)), layout)
-    return tuple(found.values())
-
-
-def schedules_of(layout: Layout, space: SearchSpace) -> Iterator[Pipelining]:
-    """The schedules to try, interleaved ones once for each number of chunks."""
-    beaten = {Schedule.GPIPE} if Schedule.ONE_F_ONE_B_STASH in space.schedules and space.applies(Rule.GPIPE) else set()
-    for schedule in space.schedules:
-        if schedule in beaten:
-            continue
-        chunks = space.num_chunks if schedule is Schedule.INTERLEAVED else (1,)
-        yield from (Pipelining(schedule, layout.pipeline_axes, count) for count in chunks)
 
 
 @dataclass(frozen=True)
@@ -143,18 +48,18 @@ class _Cell:
 
 @dataclass(frozen=True)
 class _Drafted:
-    """A problem that may hold the best plan."""
+    """Problems that may hold the best plan."""
 
-    problem: PipelineProblem
+    variants: Variants
     bound_s: float
     """Whatever is spared of the budget."""
-    solution: PipelineSolution | None
-    """A good one."""
+    best: PipelineBest | None = None
+    """A good solution of one of them."""
 
     @property
     def seconds(self) -> float:
-        """Of the solution."""
-        return math.inf if self.solution is None else self.solution.seconds
+        """Of the good solution."""
+        return math.inf if self.best is None else self.best.solution.seconds
 
 
 @dataclass
@@ -275,7 +180,7 @@ class PipelineSearch:
 
     def _problems(
         self, builder: PipelineBuilder, layout: Layout, count: int, pipelinings: list[Pipelining]
-    ) -> list[tuple[PipelineProblem, PipelineSolver]]:
+    ) -> list[tuple[Variants, PipelineSolver]]:
         """Some schedules with all batch layouts, the lowest bound first."""
         found, every = [], batch_axes_for(layout.stage_axes, self.global_batch // count)
         if self.space.applies(Rule.BATCH_AXES) and pipelinings:
@@ -284,13 +189,17 @@ class PipelineSearch:
         for pipelining in pipelinings:
             for axes in every:
                 batching = Batching(self.global_batch, count, axes)
-                for pipeline in builder.build(pipelining, batching):
-                    self.effort.problems += 1
-                    solver = self._solver(pipeline) if self._promising(self._work(pipeline)) else None
-                    if solver is not None:
-                        problem = PipelineProblem(builder, pipelining, batching, pipeline, solver.bound_s)
-                        found.append((problem, solver))
-        return sorted(found, key=lambda pair: pair[0].bound_s)
+                pipelines = tuple(builder.build(pipelining, batching))
+                self.effort.problems += len(pipelines)
+                if not pipelines:
+                    continue
+                relaxed = together(pipelines)
+                solver = self._solver(relaxed) if self._promising(self._work(relaxed)) else None
+                if solver is not None:
+                    each = sorted(pipelines, key=self._work) if len(pipelines) > 1 else pipelines
+                    problems = tuple(PipelineProblem(builder, pipelining, batching, pipeline) for pipeline in each)
+                    found.append((Variants(problems, relaxed), solver))
+        return sorted(found, key=lambda pair: pair[1].bound_s)
 
     def _work(self, pipeline: Pipeline) -> float:
         budget = self.memory_bytes - pipeline.fixed_bytes
@@ -300,24 +209,22 @@ class PipelineSearch:
         budget = self.memory_bytes - spare_bytes
         return PipelineSolver.of(pipeline, budget_bytes=budget, deadline=self.deadline, known=self._known)
 
-    def _draft(self, problems: list[tuple[PipelineProblem, PipelineSolver]]) -> Iterator[_Drafted]:
-        seen: set[tuple] = set()
-        for problem, solver in problems:
-            if not self._promising(problem.bound_s):
+    def _draft(self, problems: list[tuple[Variants, PipelineSolver]]) -> Iterator[_Drafted]:
+        for variants, solver in problems:
+            if not self._promising(solver.bound_s):
                 continue
             self.effort.solved += 1
             bound = solver.bound(self._upper_s)
             if not self._promising(bound):
                 continue
-            # Problems that differ in the layouts of tied parameters have much the same plans: one draft is enough.
-            key = (problem.pipelining, problem.batching)
-            drafted = _Drafted(problem, bound, None)
-            if key not in seen and not self._late():
-                drafted = self._fitting(problem, solver, bound)
-                seen |= {key} if drafted.solution is not None else set()
-            yield drafted
+            best = None
+            for problem in variants.each:
+                # They have much the same plans: one draft is enough.
+                if best is None and not self._late():
+                    best = self._fitting(problem, solver if problem.pipeline is variants.relaxed else None)
+            yield _Drafted(variants, bound, best)
 
-    def _fitting(self, problem: PipelineProblem, solver: PipelineSolver | None, bound_s: float) -> _Drafted:
+    def _fitting(self, problem: PipelineProblem, solver: PipelineSolver | None) -> PipelineBest | None:
         """A draft whose program fits, sparing as much of the budget as that takes."""
         spared = _Spared()
         for _ in range(_SPARINGS):
@@ -329,63 +236,77 @@ class PipelineSearch:
             self.effort.labels += solver.labels if solver is not None else 0
             over = self._offer(problem, solution)
             if solution is not None and not over:
-                return _Drafted(problem, bound_s, solution)
+                return PipelineBest(problem, solution)
             if not spared.next(over):
                 break
             solver = None
-        return _Drafted(problem, bound_s, None)
+        return None
 
     def _improve(self, drafted: list[_Drafted]) -> None:
-        """Improves the fastest drafts, of those that differ in the layouts of tied parameters one."""
-        best: dict[tuple, _Drafted] = {}
-        for one in sorted(drafted, key=lambda one: one.seconds):
-            best.setdefault((one.problem.pipelining, one.problem.batching), one)
+        """Improves the fastest drafts."""
         better = []
-        for one in list(best.values())[:_IMPROVED]:
-            solver = self._solver(one.problem.pipeline, one.problem.spare_bytes)
+        for one in sorted(drafted, key=lambda one: one.seconds)[:_IMPROVED]:
             near = one.seconds <= self._upper_s * _NEAR and self._promising(one.bound_s)
-            if solver is None or one.solution is None or not near or self._late():
+            if one.best is None or not near or self._late():
                 continue
-            found = [solver.improve(one.solution, exact=False), solver.sketch(self._upper_s)]
-            for solution in found:
-                self._offer(one.problem, solution)
+            problem = one.best.problem
+            solver = self._solver(problem.pipeline, problem.spare_bytes)
+            if solver is None:
+                continue
+            for solution in (solver.improve(one.best.solution, exact=False), solver.sketch(self._upper_s)):
+                self._offer(problem, solution)
                 if solution is not None:
-                    better.append(replace(one, solution=solution))
+                    better.append(replace(one, best=PipelineBest(problem, solution)))
         for one in sorted(better, key=lambda one: one.seconds)[:1]:
-            pipeline = one.problem.pipeline
-            if _is_large(pipeline):
+            if one.best is None or one.variants.is_large:
                 continue
-            solver = self._solver(pipeline, one.problem.spare_bytes)
-            if solver is not None and one.solution is not None and not self._late():
-                self._offer(one.problem, solver.improve(one.solution))
+            solver = self._solver(one.best.problem.pipeline, one.best.problem.spare_bytes)
+            if solver is not None and not self._late():
+                self._offer(one.best.problem, solver.improve(one.best.solution))
 
     def _close(self, drafted: list[_Drafted]) -> None:
-        """Solves exactly what is still open, the lowest bound first.
-
-        Once one was left open, solving others proves nothing more; large ones, which take seconds, are left as well.
-        """
-        for one in sorted(drafted, key=lambda one: one.bound_s):
-            if not self._promising(one.bound_s):
-                break
-            solver = self._solver(one.problem.pipeline)
+        """Solves exactly what is still open: first what takes little time, of that and of the rest the lowest bound."""
+        for one in sorted(drafted, key=lambda one: (one.variants.is_large, one.bound_s)):
+            solver = self._solver(one.variants.relaxed) if self._promising(one.bound_s) else None
             if solver is None:
                 continue
             bound = solver.bound(self._upper_s)
             if self._promising(bound):
-                vain = _is_large(one.problem.pipeline) and self.effort.open_s <= bound
-                self.effort.leave_open(bound if vain or self._late() else self._solve(one.problem, bound))
+                self.effort.leave_open(bound if self._late() else self._solve_all(one.variants, solver))
 
-    def _solve(self, problem: PipelineProblem, bound_s: float) -> float:
+    def _solve_all(self, variants: Variants, solver: PipelineSolver) -> float:
+        """Solves problems exactly, where together they leave room for something better.
+
+        Args:
+            variants: the problems.
+            solver: of what they are together, with its bound.
+
+        Returns:
+            As `_solve`.
+        """
+        if len(variants.each) == 1:
+            return self._solve(variants.each[0], solver)
+        solution, left_open = solver.exact(self._upper_s)
+        self.effort.labels += solver.labels
+        least = min(left_open, math.inf if solution is None else solution.seconds)
+        if math.isinf(least):
+            return math.inf
+        return min(max(least, self._solve(problem)) for problem in variants.each)
+
+    def _solve(self, problem: PipelineProblem, solver: PipelineSolver | None = None) -> float:
         """Solves a problem exactly, sparing ever more of the budget until its program fits.
+
+        Args:
+            problem: the problem.
+            solver: of it, while nothing is spared; None makes one.
 
         Returns:
             Seconds that no plan of it undercuts but the one found; infinite where that is the best.
         """
-        left_open = bound_s if problem.spare_bytes else math.inf
-        spared = _Spared(problem.spare_bytes)
+        left_open, spared = math.inf, _Spared()
         for _ in range(_SPARINGS):
             problem = replace(problem, spare_bytes=spared.now)
-            solver = self._solver(problem.pipeline, spared.now)
+            solver = solver or self._solver(problem.pipeline, spared.now)
             over = 0
             if solver is not None:
                 if not self._promising(solver.bound(self._upper_s)):
@@ -399,6 +320,7 @@ class PipelineSearch:
                 left_open = min(left_open, solution.seconds)
             if not spared.next(over):
                 break
+            solver = None
         return left_open
 
     def _count(self, builders: Sequence[PipelineBuilder]) -> None:
@@ -406,10 +328,6 @@ class PipelineSearch:
             self.effort.planned += builder.tables.costs.table.planned
             self.effort.priced += builder.tables.priced
             self.effort.estimated += builder.tables.estimated
-
-
-def _is_large(pipeline: Pipeline) -> bool:
-    return sum(map(len, pipeline.layers)) > _THOROUGH
 
 
 def least_pipeline(

@@ -14,7 +14,7 @@ from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.errors import InfeasibleError
 from galvatron_jax.search import SearchSpace
 from galvatron_jax.search.pipeline import PipelineSolution, evaluate
-from galvatron_jax.search.pipelines import PipelineProblem, layouts_of, schedules_of
+from galvatron_jax.search.pipeline_problems import PipelineProblem, layouts_of, schedules_of
 from galvatron_jax.search.question import Question
 from galvatron_jax.search.space import batch_axes_for, meshes_for
 from galvatron_jax.search.stages import PipelineBuilder
@@ -65,7 +65,7 @@ def problems(asked: Question) -> Iterator[PipelineProblem]:
             batching = Batching(BATCH, count, batch_axes_for(layout.stage_axes, BATCH // count)[0])
             if pipelining.num_stages <= len(asked.model.layers):
                 for pipeline in builder.build(pipelining, batching):
-                    yield PipelineProblem(builder, pipelining, batching, pipeline, 0.0)
+                    yield PipelineProblem(builder, pipelining, batching, pipeline)
 
 
 def solutions(problem: PipelineProblem) -> Iterator[PipelineSolution]:

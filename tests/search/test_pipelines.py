@@ -16,7 +16,7 @@ from galvatron_jax.search.balance import balanced
 from galvatron_jax.search.bounds import Bounds
 from galvatron_jax.search.oracle import brute_force_pipeline
 from galvatron_jax.search.partition import PipelineSolver, solve_pipeline
-from galvatron_jax.search.pipeline import Pipeline, StageOptions, evaluate
+from galvatron_jax.search.pipeline import Pipeline, StageOptions, Tie, evaluate, together
 from tests.search.pipelines import SCHEDULES, random_pipeline, random_plan
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -215,3 +215,58 @@ def test_seconds_are_those_of_the_table_played_tick_by_tick(seed: int) -> None:
     groups = [solution.stages[group :: problem.degree] for group in range(problem.degree)]
     once = max(math.fsum(stage.once_s for stage in group) for group in groups)
     assert solution.seconds == simulate(table, forward, backward).total_s + once
+
+
+def variants_of(problem: Pipeline, rng: np.random.Generator) -> list[Pipeline]:
+    """Problems in which layers that share parameters have some of their options only, and exchanges another price."""
+    users = {user for tie in problem.ties for user in tie.users}
+    found = []
+    for number in range(3):
+        part = {
+            id(options): without(options, int(rng.integers(len(options))))
+            for user in users
+            for options in (problem.layers[user], problem.repeats[user])
+            if options is not None
+        }
+        pick = [part if layer in users else {} for layer in range(len(problem.layers))]
+        found.append(
+            replace(
+                problem,
+                layers=tuple(pick[i].get(id(own), own) for i, own in enumerate(problem.layers)),
+                repeats=tuple(
+                    None if own is None else pick[i].get(id(own), own) for i, own in enumerate(problem.repeats)
+                ),
+                ties=tuple(Tie(tie.users, tie.exchange_s * (1 + number)) for tie in problem.ties),
+            )
+        )
+    return found
+
+
+def without(options: StageOptions, option: int) -> StageOptions:
+    """All options but one, or the only one."""
+    if len(options) == 1:
+        return options
+    kept = np.delete(np.arange(len(options)), option)
+    columns = ("forward_s", "backward_s", "once_s", "static_bytes", "residual_bytes", "workspace_bytes", "boundary")
+    strategies = tuple(options.strategies[index] for index in kept)
+    return replace(options, strategies=strategies, **{name: getattr(options, name)[kept] for name in columns})
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(SEEDS)
+def test_no_variant_has_a_faster_plan_than_all_of_them_together(seed: int) -> None:
+    problem, budget = random_pipeline(seed)
+    if not problem.ties:
+        problem = replace(problem, ties=(Tie((0, len(problem.layers) - 1), 1.0),))
+    variants = variants_of(problem, np.random.default_rng(seed))
+    relaxed = together(variants)
+    of_all = brute_force_pipeline(relaxed, budget_bytes=budget)
+    for variant in variants:
+        alone = brute_force_pipeline(variant, budget_bytes=budget)
+        if alone is not None:
+            assert of_all is not None
+            assert of_all.seconds <= alone.seconds * (1 + 1e-12)
+    # Layers without ties stay the same objects, which is how solvers know layers alike.
+    free = set(range(len(problem.layers))) - {user for tie in problem.ties for user in tie.users}
+    assert all(relaxed.layers[layer] is problem.layers[layer] for layer in free)
+    assert together(variants[:1]) is variants[0]
