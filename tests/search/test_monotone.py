@@ -293,4 +293,7 @@ def test_what_is_found_fits_as_one_program(asked: Question) -> None:
         seconds.append(found.prediction.time.step_s)
     for less, more in zip(seconds, bounds[1:], strict=False):
         assert more <= less * (1 + 1e-9)
+    # No promise where programs just fit, but what these draws give.
+    for less, more in itertools.pairwise(seconds):
+        assert more <= less * (1 + 1e-9)
     assert seconds[-1] == pytest.approx(least_s(replace(asked, memory_bytes=budgets[-1])), rel=1e-9)
