@@ -194,8 +194,9 @@ class Packing(Generic[Name]):
             parts[place.flat].append(_to_lines(jnp.reshape(_words(arrays[name]), place.words), place.rows))
         lengths = self.lengths(case)
         for name, lines in self.sizes.items():
-            if lines > lengths.get(name, 0):
-                parts[name].append(jnp.zeros((lines - lengths.get(name, 0), LINE), name))
+            rest = lines - lengths.get(name, 0)
+            if rest or not parts[name]:
+                parts[name].append(jnp.zeros((rest, LINE), name))
         return {name: jnp.concatenate(found) if len(found) > 1 else found[0] for name, found in parts.items()}
 
     def unpack(self, case: int, flats: Mapping[str, Any]) -> dict[Name, Any]:

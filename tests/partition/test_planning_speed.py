@@ -52,7 +52,7 @@ one = [min(seconds([strategy]) for _ in range(3)) for strategy in strategies[:: 
 table = min(seconds(strategies) for _ in range(2))
 axes = tuple(MeshAxis(name=name, size=size) for name, size in mesh.items())
 searched = SearchSpace().strategies(kind, mesh=axes, microbatch=8, pruned=Counter())
-each = min(seconds(searched) for _ in range(3)) / len(searched)
+each = min(seconds(searched) for _ in range(9)) / len(searched)
 print(json.dumps({
     "one_s": max(one), "table_s": table, "searched": len(searched), "each_s": each, "jax": "jax" in sys.modules
 }))
