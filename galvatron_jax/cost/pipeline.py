@@ -355,14 +355,15 @@ def _memory(costs: CostModel, groups: Sequence[Sequence[_Stage]], batching: Batc
         m.copied_bytes + m.residual_bytes - pool + m.workspace_bytes for m, pool in zip(found, pools, strict=True)
     ]
     step = _longest(gradients) + max(pools) + max(passing)
+    unread = costs.unread_memory().gradient_bytes
     return tuple(
         memory.model_copy(
             update={
                 "padded_bytes": state - memory.parameter_bytes - memory.optimizer_bytes,
-                "reserved_bytes": step - own.total() - pool - temporary,
+                "reserved_bytes": step - (memory.gradient_bytes - unread) - pool - temporary,
             }
         )
-        for memory, own, pool, temporary in zip(found, gradients, pools, passing, strict=True)
+        for memory, pool, temporary in zip(found, pools, passing, strict=True)
     )
 
 
@@ -389,7 +390,15 @@ def _group_memory(costs: CostModel, stages: Sequence[_Stage], batching: Batching
     return MemoryBreakdown(total_bytes=sum(parts.values()), **parts)
 
 
-def fixed_stage_bytes(costs: CostModel, batching: Batching) -> int:
-    """Bytes on every device that no strategy and no cut changes."""
+def fixed_stage_bytes(costs: CostModel, batching: Batching, *, one_program: bool) -> int:
+    """Bytes on every device that no strategy and no cut changes.
+
+    Args:
+        costs: prices.
+        batching: how the batch is fed.
+        one_program: whether what only the first group keeps is left out: where that group needs less than others, it
+            takes nothing more of the program's.
+    """
+    unread = costs.unread_memory()
     fixed = costs.batch_bytes(batching) + costs.state_bytes() + costs.optimizer.scalar_bytes
-    return fixed + costs.unread_memory().static_bytes
+    return fixed + (unread.gradient_bytes if one_program else unread.static_bytes)

@@ -25,10 +25,12 @@ _REMOVES = {
     Rule.GPIPE: "GPipe where 1F1B that stashes residuals is tried too",
     Rule.WORK: "numbers of micro-batches, stages and schedules whose computation alone takes longer than the best",
     Rule.TP_ACROSS_NODES: "tensor and sequence parallelism across nodes",
+    Rule.REPEATED_WORK: "layers that repeat work along an axis though others share it out",
     Rule.ULYSSES_WITH_TP: "Ulysses together with tensor parallelism in one layer",
     Rule.MICROBATCHES_ON_DEMAND: "numbers of micro-batches beyond those with which the fastest plan fits",
     Rule.BATCH_AXES: "layouts of a pipeline's batch over fewer of a stage's axes than divide it",
     Rule.ONE_PROGRAM: "pipelines whose groups fit each by itself, but not as one program",
+    Rule.SLOTS_ALIKE: "pipelines whose groups fit only with fewer micro-batches in flight than the first has",
     Rule.AFFINE_IN_MICROBATCH: "layer plans read off another micro-batch's instead of planned",
 }
 

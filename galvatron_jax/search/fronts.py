@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from galvatron_jax.cost.pipeline import residuals_kept
 from galvatron_jax.search.bounds import Bounds
 from galvatron_jax.search.pipeline import Pipeline, StageOptions
 
@@ -25,7 +26,8 @@ class Labels:
     """Choices for the first layers of a stage."""
 
     columns: np.ndarray
-    """float64[labels, 6]; bytes are whole numbers below 2**53."""
+    """float64[labels, columns]: those above, and more where one program is looked for; bytes are whole numbers below
+    2**53."""
     classes: np.ndarray
     """Boundary class of the last layer. int64[labels]"""
     parent: np.ndarray
@@ -67,6 +69,9 @@ class StageFront:
     """Per point, one option per layer of the stage."""
     complete: bool
     """Whether no choice is missing."""
+    program: np.ndarray | None = None
+    """Where one program for all groups is looked for, what the stage needs of it: bytes in every flat array, in slots,
+    of residuals outside of them, and while it works. float64[points, arrays + 3]"""
 
     def __len__(self) -> int:
         return len(self.forward_s)
@@ -104,6 +109,8 @@ class FrontBuilder:
     problem: Pipeline
     bounds: Bounds
     limits: Limits
+    one_program: bool = False
+    """Whether what stages need of one program for all groups is looked at, too."""
     grown: int = 0
     """Labels kept, over all layers."""
     _labels: dict[tuple[int, int], list[Labels]] = field(default_factory=dict, repr=False)
@@ -134,13 +141,14 @@ class FrontBuilder:
         apart = self.problem.recomputes and self.problem.num_chunks > 1
         residual = options.residual_bytes.astype(float)
         resident = options.static_bytes + (0 if apart else kept) * residual
-        return np.stack(
-            [
-                options.forward_s, options.backward_s, options.once_s, resident,
-                residual if apart else np.zeros(len(options)), options.workspace_bytes.astype(float),
-            ],
-            axis=1,
-        )  # fmt: skip
+        columns = [
+            options.forward_s, options.backward_s, options.once_s, resident,
+            residual if apart else np.zeros(len(options)), options.workspace_bytes.astype(float),
+        ]  # fmt: skip
+        if self.one_program:
+            assert options.flat_bytes is not None
+            columns += [*options.flat_bytes.T.astype(float), residual]
+        return np.stack(columns, axis=1)
 
     def _root(self, options: StageOptions, enters: bool, kept: int) -> Labels:
         columns = self._own(options, kept)
@@ -220,13 +228,14 @@ class FrontBuilder:
             if last:
                 columns[:, FORWARD] = 0.0
         passing = columns[:, RESIDUAL] + columns[:, WORKSPACE]
-        if problem.num_chunks == 1:
-            fits = np.flatnonzero(columns[:, RESIDENT] + passing <= self.limits.bytes)
-            index = fits[pareto(columns[fits][:, [FORWARD, BACKWARD, ONCE]])]
-        else:
-            fits = np.flatnonzero(columns[:, RESIDENT] + passing <= self.limits.bytes)
-            both = np.concatenate([columns[fits][:, [FORWARD, BACKWARD, ONCE, RESIDENT]], passing[fits][:, None]], 1)
-            index = fits[pareto(both)]
+        program = self._program(columns, stage, start, stop) if self.one_program else None
+        compared = columns[:, [FORWARD, BACKWARD, ONCE]]
+        if program is not None:
+            compared = np.concatenate([compared, program], 1)
+        elif problem.num_chunks > 1:
+            compared = np.concatenate([compared, columns[:, [RESIDENT]], passing[:, None]], 1)
+        fits = np.flatnonzero(columns[:, RESIDENT] + passing <= self.limits.bytes)
+        index = fits[pareto(compared[fits])]
         return StageFront(
             columns[index, FORWARD],
             columns[index, BACKWARD],
@@ -235,7 +244,19 @@ class FrontBuilder:
             passing[index],
             _Choices(labels, index),
             labels.complete,
+            None if program is None else program[index],
         )
+
+    def _program(self, columns: np.ndarray, stage: int, start: int, stop: int) -> np.ndarray:
+        """See `StageFront.program`."""
+        problem, flying = self.problem, self.problem.own_in_flight[stage]
+        residual = columns[:, -1]
+        made = problem.made_bytes(start, stop)
+        outside = np.full(len(columns), float(made)) if problem.recomputes else residual + made
+        inputs = flying * problem.cuts[start].bytes if start else 0
+        pooled = inputs + (residuals_kept(flying, recomputes=problem.recomputes) - 1) * outside
+        passing = columns[:, WORKSPACE] + (residual if problem.recomputes else 0.0)
+        return np.concatenate([columns[:, WORKSPACE + 1 : -1], np.stack([pooled, outside, passing], 1)], 1)
 
 
 _ROUNDING = 1e-12

@@ -22,6 +22,7 @@ from galvatron_jax.search.cuts import CutFinder
 from galvatron_jax.search.draft import draft
 from galvatron_jax.search.exchange import exchange
 from galvatron_jax.search.fronts import FrontBuilder, Limits, StageFront, pareto
+from galvatron_jax.search.ledgers import Groups, Ledger, OneProgram, Program, StagesAlone
 from galvatron_jax.search.minima import Known, StageMinima
 from galvatron_jax.search.pipeline import Pipeline, PipelineSolution, evaluate
 from galvatron_jax.search.polish import polish
@@ -93,11 +94,11 @@ class _Beginnings:
 @dataclass
 class _Solver:
     problem: Pipeline
-    budget_bytes: float
     upper_s: float
     deadline: float | None
     bounds: Bounds
     builder: FrontBuilder | SketchBuilder
+    ledger: Ledger
     best: PipelineSolution | None = None
     proven: bool = True
     placed: int = 0
@@ -111,10 +112,13 @@ class _Solver:
         return self.problem.num_chunks == 1
 
     def empty(self) -> _Beginnings:
-        kinds, groups = len(self.problem.kinds.count), self.problem.degree
-        width = kinds + 1 if self.single else kinds * groups + 3 * groups
         none = np.full(1, -1)
-        return _Beginnings(np.zeros((1, width)), none, none, none, np.zeros(1))
+        return _Beginnings(np.zeros((1, self._timed + self.ledger.width)), none, none, none, np.zeros(1))
+
+    @property
+    def _timed(self) -> int:
+        """Columns of seconds; those of the ledger come behind them."""
+        return (len(self.problem.kinds.count) + 1) * (1 if self.single else self.problem.degree)
 
     def extend(self, columns: np.ndarray, stage: int, front: StageFront) -> np.ndarray:
         """Columns of every beginning with every choice of the next stage. float64[beginnings, points, columns]."""
@@ -122,16 +126,14 @@ class _Solver:
         tick = kinds.forward[:, stage, None] * front.forward_s + kinds.backward[:, stage, None] * front.backward_s
         found = np.repeat(columns[:, None], len(front), axis=1)
         count = len(kinds.count)
+        self.ledger.add(found[..., self._timed :], stage, front)
         if self.single:
             found[..., :count] = np.maximum(found[..., :count], tick.T[None])
             found[..., count] = np.maximum(found[..., count], front.once_s)
             return found
         group = stage % groups
         found[..., group : count * groups : groups] += tick.T[None]
-        once, resident, passing = (count * groups + part * groups + group for part in range(3))
-        found[..., once] += front.once_s
-        found[..., resident] += front.resident_bytes
-        found[..., passing] = np.maximum(found[..., passing], front.passing_bytes)
+        found[..., count * groups + group] += front.once_s
         return found
 
     def seconds(self, columns: np.ndarray, stage: int, layer: int) -> np.ndarray:
@@ -155,14 +157,6 @@ class _Solver:
         count = len(kinds.count)
         placed = (columns[:, : count * groups].reshape(-1, count, groups).sum(2) * kinds.count).sum(1)
         return (placed + self.bounds.work(stage, layer)) / groups
-
-    def fits(self, columns: np.ndarray) -> np.ndarray:
-        """Beginnings whose groups' bytes are within the budget."""
-        if self.single:
-            return np.ones(len(columns), bool)
-        groups = self.problem.degree
-        resident, passing = columns[:, -2 * groups : -groups], columns[:, -groups:]
-        return np.asarray((resident + passing <= self.budget_bytes).all(1))
 
     # ------------------------------------------------------------------------------------------ stages
 
@@ -208,7 +202,7 @@ class _Solver:
         shape = columns.shape[:2]
         columns = columns.reshape(shape[0] * shape[1], -1)
         bound = self.seconds(columns, stage + 1, stop)
-        index = np.flatnonzero(self.fits(columns) & self.promising(bound))
+        index = np.flatnonzero(self.ledger.fits(columns[:, self._timed :]) & self.promising(bound))
         parent = np.repeat(alive, shape[1])[index]
         point = np.tile(np.arange(shape[1]), shape[0])[index]
         return _Beginnings(columns[index], parent, np.full(len(index), start), point, bound[index])
@@ -364,13 +358,7 @@ class PipelineSolver:
         """
         if self.problem.num_chunks == 1:
             return self._by_cuts(upper_s)
-        bound = self.bound_s
-        for aim in self._aims(upper_s):
-            found, least = self._by_labels(aim)
-            if found is not None or least < math.inf:
-                return found, max(bound, least) if least < math.inf else least
-            bound = aim
-        return None, math.inf
+        return self._all_at_once(upper_s, None)
 
     def _by_cuts(self, upper_s: float) -> tuple[PipelineSolution | None, float]:
         """As `exact`, one way to cut after another."""
@@ -406,14 +394,28 @@ class PipelineSolver:
             left_open = min(left_open, max(bound, solver.bound_s))
         return best, left_open if left_open < aim_s else math.inf
 
+    def exact_as(self, program: Program, upper_s: float) -> tuple[PipelineSolution | None, float]:
+        """As `exact`, of the plans whose one program for all groups fits."""
+        return self._all_at_once(upper_s, program)
+
+    def _all_at_once(self, upper_s: float, program: Program | None) -> tuple[PipelineSolution | None, float]:
+        """As `exact`, by labels of all stages."""
+        bound = self.bound_s
+        for aim in self._aims(upper_s):
+            found, least = self._by_labels(aim, program)
+            if found is not None or least < math.inf:
+                return found, max(bound, least) if least < math.inf else least
+            bound = aim
+        return None, math.inf
+
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
 
-    def _by_labels(self, aim_s: float) -> tuple[PipelineSolution | None, float]:
-        """As `exact`, all stages at once."""
+    def _by_labels(self, aim_s: float, program: Program | None) -> tuple[PipelineSolution | None, float]:
         limits = Limits(self.budget_bytes, self.bounds.longest_stage(aim_s))
+        builder = FrontBuilder(self.problem, self.bounds, limits, one_program=program is not None)
         try:
-            solver = self._attempt(aim_s, FrontBuilder(self.problem, self.bounds, limits))
+            solver = self._attempt(aim_s, builder, program)
         except _TooManyError:
             return None, self.bound_s
         return solver.best, math.inf if solver.proven else self.bound_s
@@ -424,11 +426,19 @@ class PipelineSolver:
         yield from (bound * factor for factor in factors if bound * factor < upper_s * _WORTH_A_GUESS)
         yield upper_s
 
-    def _attempt(self, aim_s: float, builder: FrontBuilder | SketchBuilder) -> _Solver:
-        solver = _Solver(self.problem, self.budget_bytes, aim_s, self.deadline, self.bounds, builder)
+    def _attempt(
+        self, aim_s: float, builder: FrontBuilder | SketchBuilder, program: Program | None = None
+    ) -> _Solver:
+        ledger = self._ledger(program)
+        solver = _Solver(self.problem, aim_s, self.deadline, self.bounds, builder, ledger)
         grown = builder.grown
         try:
             solver.run()
         finally:
             self.labels += solver.placed + builder.grown - grown
         return solver
+
+    def _ledger(self, program: Program | None) -> Ledger:
+        if program is not None:
+            return OneProgram.of(program, self.problem)
+        return StagesAlone() if self.problem.num_chunks == 1 else Groups(self.problem.degree, self.budget_bytes)

@@ -50,6 +50,9 @@ class StageOptions:
     """Seconds, forward and backward, from the plan-wide layout where a stage begins with it. float64[classes, 2]"""
     leave_s: np.ndarray
     """The same to the plan-wide layout where a stage ends with it. float64[classes, 2]"""
+    flat_bytes: np.ndarray | None = None
+    """In each flat array of the stage's state and gradients; None where groups are looked at by themselves.
+    int64[options, arrays]"""
 
     def __len__(self) -> int:
         return len(self.forward_s)
@@ -124,14 +127,19 @@ class Pipeline:
         return recomputes(self.schedule)
 
     @cached_property
-    def in_flight(self) -> tuple[int, ...]:
-        """Per virtual stage, micro-batches whose input it has room for."""
-        own = in_flight(
+    def own_in_flight(self) -> tuple[int, ...]:
+        """Per virtual stage, micro-batches whose input it holds at once."""
+        return in_flight(
             self.schedule,
             num_stages=self.degree,
             num_microbatches=self.num_microbatches,
             num_chunks=self.num_chunks,
         )
+
+    @cached_property
+    def in_flight(self) -> tuple[int, ...]:
+        """Per virtual stage, micro-batches whose input it has room for."""
+        own = self.own_in_flight
         if not self.slots_alike:
             return own
         chunks = [own[first : first + self.degree] for first in range(0, self.num_stages, self.degree)]
@@ -171,8 +179,11 @@ class Pipeline:
     def kept_bytes(self, stage: int, start: int, stop: int) -> int:
         """Bytes that a stage keeps whatever its options: its inputs in flight, and held values made in it."""
         inputs = self.in_flight[stage] * self.cuts[start].bytes if start else 0
-        made = sum(held.bytes for held in self.held if start <= held.producer < stop)
-        return inputs + self.residuals_kept(stage) * made
+        return inputs + self.residuals_kept(stage) * self.made_bytes(start, stop)
+
+    def made_bytes(self, start: int, stop: int) -> int:
+        """Bytes of held values that are made in a stage, for one micro-batch."""
+        return sum(held.bytes for held in self.held if start <= held.producer < stop)
 
 
 def together(problems: Sequence[Pipeline]) -> Pipeline:
@@ -207,7 +218,7 @@ def _together(every: Sequence[StageOptions], made: dict[tuple[int, ...], StageOp
         columns: dict[str, Any] = {
             name: np.concatenate([getattr(options, name) for options in unlike]) for name in _PER_OPTION
         }
-        made[key] = replace(unlike[0], strategies=strategies, **columns)
+        made[key] = replace(unlike[0], strategies=strategies, flat_bytes=None, **columns)
     return made[key]
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.pipeline import Pipelining, predict_pipeline
+from galvatron_jax.search.ledgers import Program
 from galvatron_jax.search.pipeline import Pipeline, PipelineSolution, evaluate
 from galvatron_jax.search.space import Rule, SearchSpace
 from galvatron_jax.search.stages import PipelineBuilder
@@ -55,6 +58,16 @@ class PipelineProblem:
         )
         return prediction.peak_bytes
 
+    def program(self, memory_bytes: int) -> Program:
+        """What its program may hold, with a budget for everything."""
+        unread = np.array(self.builder.tables.unread_bytes(), float)
+        return Program(memory_bytes - self.pipeline.fixed_bytes, unread)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether solving it exactly takes seconds."""
+        return is_large(self.pipeline)
+
     def own_bytes(self, solution: PipelineSolution) -> list[int]:
         """What each group's own stages need, without room for others' micro-batches in flight."""
         exact = evaluate(replace(self.pipeline, slots_alike=False), solution.starts, solution.options)
@@ -73,7 +86,12 @@ class Variants:
     @property
     def is_large(self) -> bool:
         """Whether solving them exactly takes seconds."""
-        return sum(map(len, self.relaxed.layers)) > _LARGE
+        return is_large(self.relaxed)
+
+
+def is_large(pipeline: Pipeline) -> bool:
+    """Whether solving a problem exactly takes seconds."""
+    return sum(map(len, pipeline.layers)) > _LARGE
 
 
 @dataclass(frozen=True)

@@ -294,34 +294,48 @@ class PipelineSearch:
         return min(max(least, self._solve(problem)) for problem in variants.each)
 
     def _solve(self, problem: PipelineProblem, solver: PipelineSolver | None = None) -> float:
-        """Solves a problem exactly, sparing ever more of the budget until its program fits.
+        """Solves a problem exactly.
 
         Args:
-            problem: the problem.
-            solver: of it, while nothing is spared; None makes one.
+            problem: the problem, nothing spared.
+            solver: of it; None makes one.
 
         Returns:
             Seconds that no plan of it undercuts but the one found; infinite where that is the best.
         """
-        left_open, spared = math.inf, _Spared()
+        solver = solver or self._solver(problem.pipeline)
+        if solver is None or not self._promising(solver.bound(self._upper_s)):
+            return math.inf
+        solution, left_open = solver.exact(self._upper_s)
+        self.effort.labels += solver.labels
+        over = self._offer(problem, solution)
+        if solution is None or not over:
+            return left_open
+        least = min(left_open, solution.seconds)
+        if not problem.is_large:
+            solution, left_open = solver.exact_as(problem.program(self.memory_bytes), self._upper_s)
+            self._offer(problem, solution)
+            if math.isinf(left_open):
+                return math.inf
+        self._solve_sparing(problem, over)
+        return least
+
+    def _solve_sparing(self, problem: PipelineProblem, over_bytes: int) -> None:
+        """Solves a problem with ever more of the budget spared, until its program fits."""
+        spared = _Spared()
         for _ in range(_SPARINGS):
-            problem = replace(problem, spare_bytes=spared.now)
-            solver = solver or self._solver(problem.pipeline, spared.now)
-            over = 0
+            if not spared.next(over_bytes):
+                return
+            problem, over_bytes = replace(problem, spare_bytes=spared.now), 0
+            solver = self._solver(problem.pipeline, spared.now)
             if solver is not None:
                 if not self._promising(solver.bound(self._upper_s)):
-                    break
-                solution, bound = solver.exact(self._upper_s)
+                    return
+                solution, _ = solver.exact(self._upper_s)
                 self.effort.labels += solver.labels
-                over = self._offer(problem, solution)
-                left_open = min(left_open, bound)
-                if solution is None or not over:
-                    break
-                left_open = min(left_open, solution.seconds)
-            if not spared.next(over):
-                break
-            solver = None
-        return left_open
+                over_bytes = self._offer(problem, solution)
+                if solution is None or not over_bytes:
+                    return
 
     def _count(self, builders: Sequence[PipelineBuilder]) -> None:
         for builder in builders:

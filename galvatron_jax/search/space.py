@@ -38,6 +38,9 @@ class Rule(StrEnum):
     """The computation of a step, shared out evenly, and the schedule's bubble take longer than the best plan known."""
     TP_ACROSS_NODES = "tp-across-nodes"
     """Heuristic: tensor and sequence parallelism stay within a node."""
+    REPEATED_WORK = "repeated-work"
+    """Heuristic: a layer repeats its work along a mesh axis only where nothing else suits it. Repeating costs no
+    communication, and may win where links are far slower than the devices."""
     ULYSSES_WITH_TP = "ulysses-with-tp"
     """Heuristic: one layer uses Ulysses or tensor parallelism, not both."""
     MICROBATCHES_ON_DEMAND = "microbatches-on-demand"
@@ -46,9 +49,11 @@ class Rule(StrEnum):
     BATCH_AXES = "batch-axes"
     """Heuristic, for pipelines only: between stages the batch lies on as many of a stage's axes as divide it."""
     ONE_PROGRAM = "one-program"
-    """Heuristic, for pipelines only: one program serves all groups and holds the most of each part that any needs, so
-    every group must fit with as many micro-batches in flight as any other has. Switched off, each group's own stages
-    are held to the budget alone (not counted)."""
+    """Which pipelines count as fitting: those whose one program for all groups does, which holds the most of each part
+    that any group needs. Switched off, it is enough that each group's own stages fit (not counted)."""
+    SLOTS_ALIKE = "slots-alike"
+    """Heuristic, for pipelines only: every group must fit with as many micro-batches in flight as any other has (not
+    counted)."""
     AFFINE_IN_MICROBATCH = "affine-in-microbatch"
     """A layer is planned at one micro-batch for all at which the planner would decide alike (not counted)."""
 
@@ -56,13 +61,14 @@ class Rule(StrEnum):
 HEURISTICS = frozenset(
     {
         Rule.TP_ACROSS_NODES,
+        Rule.REPEATED_WORK,
         Rule.ULYSSES_WITH_TP,
         Rule.MICROBATCHES_ON_DEMAND,
         Rule.BATCH_AXES,
-        Rule.ONE_PROGRAM,
+        Rule.SLOTS_ALIKE,
     }
 )
-"""Rules that may lose the optimum; all others are lossless."""
+"""Rules that may lose the optimum; all others are lossless, but for `ONE_PROGRAM`, which says what fits."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,14 @@ class SearchSpace:
             if microbatch % _degree(axes[0], mesh) == 0
             and (self.tensor_degrees is None or _degree(axes[1], mesh) in self.tensor_degrees)
         ]
-        return [axes for axes in divided if self._admits(axes, kind, mesh, pruned)] or [_idle(mesh, microbatch)]
+        found = [axes for axes in divided if self._admits(axes, kind, mesh, pruned)]
+        idle = _idle(mesh, microbatch)
+        if idle in found or (found and self.tensor_degrees is not None and 1 not in self.tensor_degrees):
+            return found
+        if found and self.applies(Rule.REPEATED_WORK):
+            pruned[Rule.REPEATED_WORK] += 1
+            return found
+        return [*found, idle]
 
     def _splits(self, mesh: tuple[MeshAxis, ...]) -> Iterator[_Axes]:
         names = tuple(axis.name for axis in mesh)

@@ -56,7 +56,7 @@ class PipelineBuilder:
         held = tuple(Held(value.producer, value.last, value.bytes) for value in held_values(costs, batching))
         moves = {pair: self.tables.moves(*pair, batching) for pair in dict.fromkeys(itertools.pairwise(slots))}
         between = tuple([moves[pair] for pair in itertools.pairwise(slots)])
-        fixed_bytes = fixed_stage_bytes(costs, batching)
+        fixed_bytes = fixed_stage_bytes(costs, batching, one_program=self._one_program)
         for variant in variants:
             made = {slot: self._options(slot, table, variant, batching) for slot, table in tables.items()}
             if any(not len(options) for options in made.values()):
@@ -73,7 +73,7 @@ class PipelineBuilder:
                 held=held,
                 ties=self._ties(pipelining, slots, tables, variant),
                 fixed_bytes=fixed_bytes,
-                slots_alike=self.tables.space.applies(Rule.ONE_PROGRAM),
+                slots_alike=self._one_program and self.tables.space.applies(Rule.SLOTS_ALIKE),
             )
 
     @cached_property
@@ -103,13 +103,22 @@ class PipelineBuilder:
         prune = self.tables.space.applies(Rule.DOMINATED)
         if allowed is not None:
             kept = priced.allowing(allowed)
-            return kept.undominated([getattr(kept, name) for name in COLUMNS]) if prune else kept
+            return kept.undominated(self._compared(kept)) if prune else kept
         key = self.tables.key(slot, batching)
         if key not in self._undominated:
-            kept = priced.undominated([getattr(priced, name) for name in COLUMNS]) if prune else priced
+            kept = priced.undominated(self._compared(priced)) if prune else priced
             self.tables.pruned[Rule.DOMINATED] += len(priced) - len(kept)
             self._undominated[key] = kept
         return self._undominated[key]
+
+    def _compared(self, table: Table) -> list[np.ndarray]:
+        """What an option may be better at than another one."""
+        found = [getattr(table, name) for name in COLUMNS]
+        return [*found, *table.flat(self.tables.flat_arrays).T] if self._one_program else found
+
+    @property
+    def _one_program(self) -> bool:
+        return self.tables.space.applies(Rule.ONE_PROGRAM)
 
     def _options(self, slot: Slot, table: Table, variant: dict[str, tuple], batching: Batching) -> StageOptions:
         index = np.flatnonzero(admitted(table, variant))
@@ -123,6 +132,7 @@ class PipelineBuilder:
                 num_classes=len(kept.examples),
                 enter_s=self._edge(slot, kept, batching, leaving=False),
                 leave_s=self._edge(slot, kept, batching, leaving=True),
+                flat_bytes=kept.flat(self.tables.flat_arrays) if self._one_program else None,
             )
             self._made[key] = table, made
         return self._made[key][1]

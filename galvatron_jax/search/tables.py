@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from galvatron_jax.cost.layer_costs import PhaseCosts, layer_costs, phase_costs
+from galvatron_jax.cost.memory import SAME, Flat, stored_bytes
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.step import signatures
 from galvatron_jax.cost.wiring import LayerWiring
@@ -19,6 +20,8 @@ from galvatron_jax.partition.series import LayerSeries
 from galvatron_jax.search.space import SearchSpace
 from galvatron_jax.spec.strategy import LayerStrategy
 
+FlatArray = tuple[str, str]
+"""What lies in a flat array of a pipeline's stage, and its dtype. Slots of the optimizer that are alike are one."""
 Allowed = Callable[[LayerStrategy], bool]
 """Which strategies a search is restricted to."""
 
@@ -62,6 +65,8 @@ class Table:
     """Per way, the signature of each tied parameter."""
     tied_bytes: tuple[dict[str, int], ...]
     """Per way, bytes of each tied parameter's gradient as the optimizer sees it."""
+    flat_bytes: tuple[Counter[FlatArray], ...] = ()
+    """Per way, for pipelines: bytes in each of a stage's flat arrays."""
 
     def __len__(self) -> int:
         return len(self.strategies)
@@ -80,6 +85,11 @@ class Table:
         """The options with some strategies; all when there are none."""
         index = np.flatnonzero([allowed(strategy) for strategy in self.strategies])
         return self.take(index) if len(index) else self
+
+    def flat(self, arrays: Sequence[FlatArray]) -> np.ndarray:
+        """Bytes of the options in flat arrays. int64[options, arrays]."""
+        ways = [[way[array] for array in arrays] for way in self.flat_bytes]
+        return np.array(ways, np.int64).reshape(len(ways), len(arrays))[self.stored]
 
     def undominated(self, columns: Sequence[np.ndarray]) -> Table:
         """Without the options that others make superfluous by some columns."""
@@ -121,6 +131,9 @@ class TableBuilder:
     _repeating: set[tuple[int, int]] = field(default_factory=set, repr=False)
     """Kinds and micro-batches that may repeat their work."""
     _slots: dict[tuple[LayerWiring, tuple[int, ...]], Slot] = field(default_factory=dict, repr=False)
+    _flat: dict[tuple[LayerWiring, int], tuple[tuple[ParameterPlan, ...], Counter[FlatArray]]] = field(
+        default_factory=dict, repr=False
+    )
 
     def offers(self, allowed: Allowed) -> bool:
         """Whether any layer can use any of some strategies."""
@@ -167,6 +180,7 @@ class TableBuilder:
                 classes[layouts] = len(classes)
                 examples.append(plan)
             class_of.append(classes[layouts])
+        flat = [self._flat_bytes(wiring, each) for each in phases.parameters] if self.costs.staged else []
         ties = [signatures(each, wiring.tied) for each in phases.parameters]
         sizes = [_tied_bytes(each, wiring.tied) for each in phases.parameters]
         self.priced += len(phases.series)
@@ -179,7 +193,39 @@ class TableBuilder:
             stored=phases.parameters_of,
             ties=tuple(ties),
             tied_bytes=tuple(sizes),
+            flat_bytes=tuple(flat),
         )
+
+    @cached_property
+    def flat_arrays(self) -> tuple[FlatArray, ...]:
+        """All that a stage may have."""
+        found: dict[FlatArray, None] = {}
+        for dtype in dict.fromkeys(parameter.dtype for parameter in self.costs.model.parameters):
+            found |= dict.fromkeys([("parameters", dtype), ("gradients", dtype)])
+            found |= {(slot, dtype if slot == SAME else slot): None for slot in self.costs.optimizer.param_like_slots}
+        return tuple(found)
+
+    def _flat_bytes(self, wiring: LayerWiring, parameters: tuple[ParameterPlan, ...]) -> Counter[FlatArray]:
+        """Bytes of a layer in a stage's flat arrays."""
+        key = wiring, id(parameters)
+        if key not in self._flat:
+            kind, optimizer = self.costs.model.kinds[wiring.kind], self.costs.optimizer
+            found = self._in_flat(*stored_bytes(kind, parameters, owned=wiring.owned, optimizer=optimizer))
+            self._flat[key] = parameters, found
+        return self._flat[key][1]
+
+    def unread_bytes(self) -> tuple[int, ...]:
+        """Bytes in `flat_arrays` of parameters that no layer reads."""
+        found = self._in_flat(self.costs.unread_state(), Counter())
+        return tuple(found[array] for array in self.flat_arrays)
+
+    def _in_flat(self, state: Counter[Flat], gradients: Counter[str]) -> Counter[FlatArray]:
+        found: Counter[FlatArray] = Counter()
+        for (slot, dtype), size in state.items():
+            found["parameters" if slot < 0 else self.costs.optimizer.param_like_slots[slot], dtype] += size
+        for dtype, size in gradients.items():
+            found["gradients", dtype] += size
+        return found
 
     def _phases(self, kind: int, batching: Batching) -> PhaseCosts:
         """Costs of a layer kind's strategies."""
