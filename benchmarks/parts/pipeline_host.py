@@ -167,7 +167,8 @@ def turns(step: PipelineStep, stage: int, way: str) -> Callable[[Any, Any, Any],
         engine = step.engine(params)
         if not engine.works(engine.stages[stage], way):
             return None
-        carry, _ = engine.begin({}, leaves)
+        # XLA must not know that slots are empty, or their reader reads nothing.
+        carry = lax.optimization_barrier(engine.begin({}, leaves)[0])
         # Each micro-batch has the slot that it has in the step, so that what is kept takes as long to write and read.
         slots = jnp.asarray(slots_of(step.table, stage, way))
 

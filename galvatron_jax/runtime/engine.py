@@ -214,9 +214,10 @@ class Engine:
 
         def program(arrays: tuple[dict, Flats]) -> tuple[dict, Flats]:
             rest, _ = arrays
-            # Tied to what changes, so that XLA does not gather ZeRO-3's parameters ahead of the loop, on all devices.
-            params, weight = lax.optimization_barrier((self.params, rest["weight"]))
-            return run(stage, self.unpack(stage.number, params), {**rest, "weight": weight}, work)
+            # Tied to what changes, so that XLA does not gather ZeRO-3's parameters ahead of the loop, on all devices;
+            # nor, compiling for CPUs, read a slot for a stage whose turn it is not.
+            params, pool, weight = lax.optimization_barrier((self.params, rest["pool"], rest["weight"]))
+            return run(stage, self.unpack(stage.number, params), {**rest, "pool": pool, "weight": weight}, work)
 
         return program
 
