@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 from galvatron_jax.cost.memory import Flat, LayerMemory, stored_bytes
 from galvatron_jax.cost.model import Batching, CostModel, LayerCost
@@ -105,12 +106,15 @@ def held_values(costs: CostModel, batching: Batching) -> tuple[HeldValue, ...]:
 def cut_costs(costs: CostModel, pipelining: Pipelining, batching: Batching) -> tuple[CutCost, ...]:
     """Per layer, the cost of a cut in front of it; none before the first."""
     held, found = held_values(costs, batching), [CutCost()]
+    # Most layers hand on the same.
+    sent = cache(lambda kind, port: _bytes(costs, kind, port, batching))
+    seconds = cache(lambda size: _send_seconds(costs, pipelining, size))
     for index, wiring in enumerate(costs.wiring.layers[1:], start=1):
         before = costs.wiring.layers[index - 1].kind
-        sizes = [(_bytes(costs, before, hop.output, batching), hop.differentiable) for hop in wiring.hops]
+        sizes = [(sent(before, hop.output), hop.differentiable) for hop in wiring.hops]
         sizes += [(h.bytes, h.differentiable) for h in held if h.producer < index <= h.last]
         there, back = sum(size for size, _ in sizes), sum(size for size, flows in sizes if flows)
-        found.append(CutCost(there, _send_seconds(costs, pipelining, there), _send_seconds(costs, pipelining, back)))
+        found.append(CutCost(there, seconds(there), seconds(back)))
     return tuple(found)
 
 
@@ -226,10 +230,17 @@ class _Priced:
     strategies: tuple[LayerStrategy, ...]
     batching: Batching
 
+    @cached_property
+    def cuts(self) -> tuple[CutCost, ...]:
+        return cut_costs(self.costs, self.pipelining, self.batching)
+
+    @cached_property
+    def held(self) -> tuple[HeldValue, ...]:
+        return held_values(self.costs, self.batching)
+
     def stage(self, number: int, start: int, stop: int) -> _Stage:
-        costs, pipelining = self.costs, self.pipelining
+        pipelining, cuts = self.pipelining, self.cuts
         layers = [self._layer(index, start) for index in range(start, stop)]
-        cuts = cut_costs(costs, pipelining, self.batching)
         forward = sum(layer.forward.seconds for layer in layers)
         backward = sum(layer.backward.seconds for layer in layers)
         for there, back in self._moves(start, stop):
@@ -247,7 +258,7 @@ class _Priced:
         flying = pipelining.in_flight(self.batching.num_microbatches)[number]
         pooled = flying * cuts[start].bytes if start else 0
         residual = sum(layer.memory.residual_bytes for layer in layers)
-        made = sum(held.bytes for held in held_values(costs, self.batching) if start <= held.producer < stop)
+        made = sum(held.bytes for held in self.held if start <= held.producer < stop)
         again = residual if pipelining.recomputes else 0
         held = residuals_kept(flying, recomputes=pipelining.recomputes)
         outside = made if pipelining.recomputes else residual + made

@@ -91,7 +91,7 @@ class OneProgram:
 
     @property
     def width(self) -> int:
-        """Flat arrays, slots, residuals outside of them, and what passes; of every group if they have several stages."""
+        """Flat arrays, slots, residuals outside of them, what passes; of every group if they have several stages."""
         return (len(self.program.first_group_bytes) + 3) * (self.degree if self.num_chunks > 1 else 1)
 
     def add(self, columns: np.ndarray, stage: int, front: StageFront) -> None:

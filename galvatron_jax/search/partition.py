@@ -426,9 +426,7 @@ class PipelineSolver:
         yield from (bound * factor for factor in factors if bound * factor < upper_s * _WORTH_A_GUESS)
         yield upper_s
 
-    def _attempt(
-        self, aim_s: float, builder: FrontBuilder | SketchBuilder, program: Program | None = None
-    ) -> _Solver:
+    def _attempt(self, aim_s: float, builder: FrontBuilder | SketchBuilder, program: Program | None = None) -> _Solver:
         ledger = self._ledger(program)
         solver = _Solver(self.problem, aim_s, self.deadline, self.bounds, builder, ledger)
         grown = builder.grown

@@ -26,6 +26,8 @@ _IMPROVED = 3
 """Drafts improved at most, the fastest."""
 _SPARINGS = 4
 """Times that a problem is solved, with ever less of the budget, until its program fits."""
+_CLOSING = 0.5
+"""Part of the time left that exact solutions may take: some is kept for what they leave open."""
 _GROWTH = 1.25
 """From one budget to the next, where none fits the one given."""
 
@@ -88,7 +90,8 @@ class PipelineSearch:
     """Solves the pipelines of a search, in three rounds.
 
     First every problem that its bound does not settle is drafted, the most promising layout and number of
-    micro-batches first; then the best drafts are improved; then what is still open is solved exactly, if it can be.
+    micro-batches first; then what is still open is solved exactly, if it can be; where it cannot, the best drafts are
+    improved.
     """
 
     global_batch: int
@@ -134,8 +137,13 @@ class PipelineSearch:
     def close(self, upper_s: float) -> list[PipelineBest]:
         """The other rounds, when something is known that takes `upper_s`. Returns what `run` does."""
         self._upper_s = min(upper_s, self._upper_s)
-        self._improve(self._drafted)
+        deadline, now = self.deadline, time.monotonic()
+        if deadline is not None:
+            self.deadline = now + (deadline - now) * _CLOSING
         self._close(self._drafted)
+        self.deadline = deadline
+        if self._promising(self.effort.open_s):
+            self._improve(self._drafted)
         return self._found
 
     def _cells(self, models: Sequence[tuple[Layout, CostModel]]) -> list[_Cell]:
