@@ -32,7 +32,7 @@ _TILTS = tuple(
 """Factors on the prices of seconds forward, backward and once a step."""
 _TIE_BREAK = 1e-6
 """Weight of seconds that cost nothing, so that a stage which waits is not slowed down for nothing."""
-_COMBINATIONS = 50_000
+_COMBINATIONS = 8_000
 """Pure choices tried at most; the stages' least useful ones are dropped before."""
 
 
