@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 from galvatron_jax.partition.layer_plan import BoundarySpec
 from galvatron_jax.spec.model import LayerKind, Variable
@@ -16,6 +17,7 @@ LINE = 128
 _BITS = re.compile(r"(\d+)")
 
 
+@lru_cache
 def itemsize(dtype: str) -> int:
     """Bytes of one element of a dtype by its JAX name; sub-byte types count a byte, random keys eight.
 

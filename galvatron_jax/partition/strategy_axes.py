@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from galvatron_jax.partition.choice import KEEP_TENSOR_SHARDS
 from galvatron_jax.partition.layout import NOWHERE, Axis, Layout, Role, Step, StepKind
@@ -31,7 +32,13 @@ class AxisPlan:
 
     def of(self, *roles: Role) -> tuple[int, ...]:
         """Indices of the axes of some roles."""
-        return tuple(i for i, axis in enumerate(self.axes) if axis.role in roles)
+        if roles not in self._known:
+            self._known[roles] = tuple(i for i, axis in enumerate(self.axes) if axis.role in roles)
+        return self._known[roles]
+
+    @cached_property
+    def _known(self) -> dict[tuple[Role, ...], tuple[int, ...]]:
+        return {}
 
 
 def plan_axes(static: StaticKind, strategy: LayerStrategy, mesh: Mapping[str, int], sizes: Sequence[int]) -> AxisPlan:

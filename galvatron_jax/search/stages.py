@@ -114,7 +114,7 @@ class PipelineBuilder:
     def _compared(self, table: Table) -> list[np.ndarray]:
         """What an option may be better at than another one."""
         found = [getattr(table, name) for name in COLUMNS]
-        return [*found, *table.flat(self.tables.flat_arrays).T] if self._one_program else found
+        return [*found, *table.flat().T] if self._one_program else found
 
     @property
     def _one_program(self) -> bool:
@@ -132,7 +132,7 @@ class PipelineBuilder:
                 num_classes=len(kept.examples),
                 enter_s=self._edge(slot, kept, batching, leaving=False),
                 leave_s=self._edge(slot, kept, batching, leaving=True),
-                flat_bytes=kept.flat(self.tables.flat_arrays) if self._one_program else None,
+                flat_bytes=kept.flat() if self._one_program else None,
             )
             self._made[key] = table, made
         return self._made[key][1]

@@ -65,8 +65,8 @@ class Table:
     """Per way, the signature of each tied parameter."""
     tied_bytes: tuple[dict[str, int], ...]
     """Per way, bytes of each tied parameter's gradient as the optimizer sees it."""
-    flat_bytes: tuple[Counter[FlatArray], ...] = ()
-    """Per way, for pipelines: bytes in each of a stage's flat arrays."""
+    flat_bytes: np.ndarray | None = None
+    """Per way, for pipelines: bytes in each of a stage's flat arrays. int64[ways, arrays]"""
 
     def __len__(self) -> int:
         return len(self.strategies)
@@ -86,10 +86,10 @@ class Table:
         index = np.flatnonzero([allowed(strategy) for strategy in self.strategies])
         return self.take(index) if len(index) else self
 
-    def flat(self, arrays: Sequence[FlatArray]) -> np.ndarray:
-        """Bytes of the options in flat arrays. int64[options, arrays]."""
-        ways = [[way[array] for array in arrays] for way in self.flat_bytes]
-        return np.array(ways, np.int64).reshape(len(ways), len(arrays))[self.stored]
+    def flat(self) -> np.ndarray:
+        """Bytes of the options in a stage's flat arrays. int64[options, arrays]."""
+        assert self.flat_bytes is not None, "not of a pipeline"
+        return np.asarray(self.flat_bytes[self.stored])
 
     def undominated(self, columns: Sequence[np.ndarray]) -> Table:
         """Without the options that others make superfluous by some columns."""
@@ -131,7 +131,7 @@ class TableBuilder:
     _repeating: set[tuple[int, int]] = field(default_factory=set, repr=False)
     """Kinds and micro-batches that may repeat their work."""
     _slots: dict[tuple[LayerWiring, tuple[int, ...]], Slot] = field(default_factory=dict, repr=False)
-    _flat: dict[tuple[LayerWiring, int], tuple[tuple[ParameterPlan, ...], Counter[FlatArray]]] = field(
+    _flat: dict[tuple[LayerWiring, int], tuple[tuple[ParameterPlan, ...], tuple[int, ...]]] = field(
         default_factory=dict, repr=False
     )
 
@@ -180,7 +180,9 @@ class TableBuilder:
                 classes[layouts] = len(classes)
                 examples.append(plan)
             class_of.append(classes[layouts])
-        flat = [self._flat_bytes(wiring, each) for each in phases.parameters] if self.costs.staged else []
+        flat = None
+        if self.costs.staged:
+            flat = np.array([self._flat_bytes(wiring, each) for each in phases.parameters], np.int64)
         ties = [signatures(each, wiring.tied) for each in phases.parameters]
         sizes = [_tied_bytes(each, wiring.tied) for each in phases.parameters]
         self.priced += len(phases.series)
@@ -193,7 +195,7 @@ class TableBuilder:
             stored=phases.parameters_of,
             ties=tuple(ties),
             tied_bytes=tuple(sizes),
-            flat_bytes=tuple(flat),
+            flat_bytes=flat,
         )
 
     @cached_property
@@ -205,8 +207,8 @@ class TableBuilder:
             found |= {(slot, dtype if slot == SAME else slot): None for slot in self.costs.optimizer.param_like_slots}
         return tuple(found)
 
-    def _flat_bytes(self, wiring: LayerWiring, parameters: tuple[ParameterPlan, ...]) -> Counter[FlatArray]:
-        """Bytes of a layer in a stage's flat arrays."""
+    def _flat_bytes(self, wiring: LayerWiring, parameters: tuple[ParameterPlan, ...]) -> tuple[int, ...]:
+        """Bytes of a layer in `flat_arrays`."""
         key = wiring, id(parameters)
         if key not in self._flat:
             kind, optimizer = self.costs.model.kinds[wiring.kind], self.costs.optimizer
@@ -216,16 +218,15 @@ class TableBuilder:
 
     def unread_bytes(self) -> tuple[int, ...]:
         """Bytes in `flat_arrays` of parameters that no layer reads."""
-        found = self._in_flat(self.costs.unread_state(), Counter())
-        return tuple(found[array] for array in self.flat_arrays)
+        return self._in_flat(self.costs.unread_state(), Counter())
 
-    def _in_flat(self, state: Counter[Flat], gradients: Counter[str]) -> Counter[FlatArray]:
+    def _in_flat(self, state: Counter[Flat], gradients: Counter[str]) -> tuple[int, ...]:
         found: Counter[FlatArray] = Counter()
         for (slot, dtype), size in state.items():
             found["parameters" if slot < 0 else self.costs.optimizer.param_like_slots[slot], dtype] += size
         for dtype, size in gradients.items():
             found["gradients", dtype] += size
-        return found
+        return tuple(found[array] for array in self.flat_arrays)
 
     def _phases(self, kind: int, batching: Batching) -> PhaseCosts:
         """Costs of a layer kind's strategies."""
@@ -315,5 +316,7 @@ def tie_variants(tables: Iterable[Table], tied: tuple[str, ...]) -> list[dict[st
 
 def admitted(table: Table, variant: dict[str, tuple]) -> np.ndarray:
     """Which options a joint layout of tied parameters allows. bool[options]."""
+    if not any(table.ties):
+        return np.ones(len(table), bool)
     fits = [all(variant[name] == layout for name, layout in tie.items()) for tie in table.ties]
     return np.array(fits, bool)[table.stored]
