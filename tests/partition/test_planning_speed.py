@@ -60,7 +60,7 @@ print(json.dumps({
 
 
 def test_planning_a_llama_layer_is_fast_without_jax(tmp_path: Path) -> None:
-    """CPU time, so that other processes do not count: 50 ms for one strategy, 1 s for 32, 3 ms each for a search's."""
+    """CPU time, some three times what a quiet machine takes; `benchmarks/planning_speed.py` holds it to its limits."""
     path = tmp_path / "llama.json"
     traced("llama").spec.save(path)
     done = subprocess.run(
@@ -70,10 +70,10 @@ def test_planning_a_llama_layer_is_fast_without_jax(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert not found["jax"]
     print(found)
-    assert found["one_s"] <= 0.050
+    assert found["one_s"] <= 0.100
     assert found["table_s"] <= 1.0
     assert found["searched"] > 100
-    assert found["each_s"] <= 0.003
+    assert found["each_s"] <= 0.008
 
 
 def test_plans_do_not_depend_on_what_was_planned_before() -> None:
