@@ -102,7 +102,6 @@ def _found(result: SearchResult | None) -> dict[str, Any]:
         "fits": True,
         "step_s": result.prediction.time.step_s,
         "gap": statistics.gap,
-        "over_bytes": max(0, result.prediction.peak_bytes - (result.prediction.memory_budget_bytes or 0)),
         "pipeline_degree": plan.pipeline_degree,
         "schedule": plan.schedule.value,
         "num_microbatches": plan.num_microbatches,
