@@ -47,8 +47,11 @@ def toy_model(
     width: int = 64,
     hidden: int = 64,
     sequence: int = 32,
+    unread: bool = False,
 ) -> ModelSpec:
-    """Embedding, blocks, head. Tied: the head uses the embedding's parameter. Skip: it also reads the first output."""
+    """Embedding, blocks, head. Tied: the head uses the embedding's parameter. Skip: it also reads the first output.
+    Unread: there is one more parameter, which nothing uses.
+    """
     sizes = (microbatch, sequence, width, hidden)
     kinds = (
         _kind("embedding", sizes, reads=("tokens",), activations=0),
@@ -65,6 +68,7 @@ def toy_model(
     reads = (f"value:{num_blocks}", "value:0")[: 2 if skip else 1]
     layers.append(Layer(kind=2, name="head", inputs=(table, "batch:labels", *reads), outputs=("loss",)))
     paths = dict.fromkeys(["table", *(f"w{index}" for index in range(num_blocks)), table.removeprefix("param:")])
+    paths |= {"unread": None} if unread else {}
     return ModelSpec(
         name="toy",
         fingerprint="toy",

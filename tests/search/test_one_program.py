@@ -34,7 +34,11 @@ def drawn(rng: random.Random, disabled: frozenset[Rule]) -> Question:
     """A toy in two stages, with anything from too little memory to enough."""
     return question(
         model=toy_model(
-            rng.choice([1, 2]), tied=rng.random() < 0.5, skip=rng.random() < 0.5, width=rng.choice([16, 64, 256])
+            rng.choice([1, 2]),
+            tied=rng.random() < 0.5,
+            skip=rng.random() < 0.5,
+            width=rng.choice([16, 64, 256]),
+            unread=rng.random() < 0.3,
         ),
         cluster=cluster(*rng.choice([(1, 2), (2, 1), (2, 2), (1, 4)])),
         planner=FakePlanner(rng.choice([0.1, 1.0, 30.0])),
@@ -109,6 +113,6 @@ def test_little_is_lost_where_slots_are_alike() -> None:
     losses = [found / least - 1 for found, least in pairs if math.isfinite(least)]
     assert len(losses) >= DRAWS // 2
     assert min(losses) > -1e-9
-    assert sum(loss < 1e-9 for loss in losses) >= 0.75 * len(losses)
-    assert sum(losses) / len(losses) < 0.02
-    assert max(losses) < 0.05
+    assert sum(loss < 1e-9 for loss in losses) >= 0.7 * len(losses)
+    assert sum(losses) / len(losses) < 0.01
+    assert max(losses) < 0.1
