@@ -201,7 +201,7 @@ def _attempt(request: _Request) -> _Attempt:
     effort, budget = Effort(), request.budget_bytes
     space = request.space
     problems = _chains(request, effort) if space.pipeline_degrees is None or 1 in space.pipeline_degrees else []
-    chains = Chains(problems, budget, effort)
+    chains = Chains(problems, budget, effort, request.deadline)
     chains.relax(leaders=_LEADERS)
     layouts = layouts_of(request.meshes, space)
     models = [(layout, _costs(request, layout.stage_axes, layout.pipeline_axes)) for layout in layouts]
@@ -212,7 +212,7 @@ def _attempt(request: _Request) -> _Attempt:
     chains.relax(upper_s=pipelines.upper_s)
     others = pipelines.close(chains.upper_s)
     upper = others[-1].solution.seconds if others else math.inf
-    chains.close(upper_s=upper, deadline=request.deadline)
+    chains.close(upper_s=upper)
     best: Best | PipelineBest | None = others[-1] if others and upper < chains.upper_s else chains.best
     nearest = best
     if nearest is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from galvatron_jax.cost.model import Batching, CostModel
@@ -26,8 +26,8 @@ _IMPROVED = 3
 """Drafts improved at most, the fastest."""
 _SPARINGS = 4
 """Times that a problem is solved, with ever less of the budget, until its program fits."""
-_CLOSING = 0.5
-"""Part of the time left that exact solutions may take: some is kept for what they leave open."""
+_CLOSING = 0.3
+"""Part of the time left that exact solutions may take before drafts are improved."""
 _GROWTH = 1.25
 """From one budget to the next, where none fits the one given."""
 
@@ -48,7 +48,7 @@ class _Cell:
         return 0.0 if self.work is None else self.work.least_s(pipelining)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Drafted:
     """Problems that may hold the best plan."""
 
@@ -140,10 +140,15 @@ class PipelineSearch:
         deadline, now = self.deadline, time.monotonic()
         if deadline is not None:
             self.deadline = now + (deadline - now) * _CLOSING
-        self._close(self._drafted)
-        self.deadline = deadline
-        if self._promising(self.effort.open_s):
+        left = self._close(self._drafted)
+        late, self.deadline = self._late(), deadline
+        before = self._upper_s
+        if any(map(self._promising, left.values())):
             self._improve(self._drafted)
+            if late or self._upper_s < before:
+                left = self._close(left)
+        for bound in left.values():
+            self.effort.leave_open(bound)
         return self._found
 
     def _cells(self, models: Sequence[tuple[Layout, CostModel]]) -> list[_Cell]:
@@ -272,15 +277,23 @@ class PipelineSearch:
             if solver is not None and not self._late():
                 self._offer(one.best.problem, solver.improve(one.best.solution))
 
-    def _close(self, drafted: list[_Drafted]) -> None:
-        """Solves exactly what is still open: first what takes little time, of that and of the rest the lowest bound."""
+    def _close(self, drafted: Iterable[_Drafted]) -> dict[_Drafted, float]:
+        """Solves exactly what is still open: first what takes little time, of that and of the rest the lowest bound.
+
+        Returns:
+            What is left open, with seconds that no plan of it undercuts.
+        """
+        left = {}
         for one in sorted(drafted, key=lambda one: (one.variants.is_large, one.bound_s)):
             solver = self._solver(one.variants.relaxed) if self._promising(one.bound_s) else None
             if solver is None:
                 continue
             bound = solver.bound(self._upper_s)
             if self._promising(bound):
-                self.effort.leave_open(bound if self._late() else self._solve_all(one.variants, solver))
+                bound = bound if self._late() else self._solve_all(one.variants, solver)
+                if math.isfinite(bound):
+                    left[one] = bound
+        return left
 
     def _solve_all(self, variants: Variants, solver: PipelineSolver) -> float:
         """Solves problems exactly, where together they leave room for something better.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -147,6 +148,8 @@ class Chains:
     """The one with the lowest bound first."""
     memory_bytes: int
     effort: Effort
+    deadline: float | None = None
+    """Of `time.monotonic()`: from then on only what nothing is known for is looked at."""
     best: Best | None = None
     """The fastest that fits, so far."""
     _relaxed: list[tuple[Problem, Relaxed]] = field(default_factory=list, repr=False)
@@ -172,7 +175,8 @@ class Chains:
         for problem in self._waiting:
             upper = min(upper_s, self.upper_s)
             key = id(problem.builder), problem.batching.num_microbatches
-            if problem.bound_s >= upper or (leaders is not None and (key in seen or len(seen) == leaders)):
+            enough = leaders is not None and (key in seen or len(seen) == leaders)
+            if problem.bound_s >= upper or enough or (self._late() and math.isfinite(upper)):
                 waiting.append(problem)
                 continue
             seen.add(key)
@@ -183,10 +187,15 @@ class Chains:
                 self.best = Best(problem, found.solution)
         self._waiting = waiting
 
-    def close(self, *, upper_s: float = math.inf, deadline: float | None = None) -> None:
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def close(self, *, upper_s: float = math.inf) -> None:
         """Finds the best solution, if it is faster than `upper_s`."""
+        for problem in self._waiting:
+            self.effort.leave_open(problem.bound_s)
         for problem, found in sorted(self._relaxed, key=lambda pair: pair[1].least_s):
-            closed = close(found, upper_s=min(upper_s, self.upper_s), deadline=deadline)
+            closed = close(found, upper_s=min(upper_s, self.upper_s), deadline=self.deadline)
             self.effort.labels += closed.labels
             if not closed.proven:
                 self.effort.leave_open(found.least_s)
