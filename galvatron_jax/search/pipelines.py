@@ -91,7 +91,7 @@ class PipelineSearch:
 
     First every problem that its bound does not settle is drafted, the most promising layout and number of
     micro-batches first; then what is still open is solved exactly, if it can be; where it cannot, the best drafts are
-    improved.
+    improved, and what was short of time, or has less to beat by then, is tried again.
     """
 
     global_batch: int
@@ -334,7 +334,9 @@ class PipelineSearch:
             return left_open
         least = min(left_open, solution.seconds)
         if not problem.is_large:
+            labels = solver.labels
             solution, left_open = solver.exact_as(problem.program(self.memory_bytes), self._upper_s)
+            self.effort.labels += solver.labels - labels
             self._offer(problem, solution)
             if math.isinf(left_open):
                 return math.inf

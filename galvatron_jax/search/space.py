@@ -52,8 +52,8 @@ class Rule(StrEnum):
     """Which pipelines count as fitting: those whose one program for all groups does, which holds the most of each part
     that any group needs. Switched off, it is enough that each group's own stages fit (not counted)."""
     SLOTS_ALIKE = "slots-alike"
-    """Heuristic, for pipelines only: every group must fit with as many micro-batches in flight as any other has (not
-    counted)."""
+    """Heuristic, for pipelines only, beside `ONE_PROGRAM`: every group must fit with as many micro-batches in flight as
+    any other has (not counted)."""
     AFFINE_IN_MICROBATCH = "affine-in-microbatch"
     """A layer is planned at one micro-batch for all at which the planner would decide alike (not counted)."""
 

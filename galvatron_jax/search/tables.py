@@ -134,6 +134,7 @@ class TableBuilder:
     _flat: dict[tuple[LayerWiring, int], tuple[tuple[ParameterPlan, ...], tuple[int, ...]]] = field(
         default_factory=dict, repr=False
     )
+    """Bytes in `flat_arrays`, with the parameters that the key's identity stands for."""
 
     def offers(self, allowed: Allowed) -> bool:
         """Whether any layer can use any of some strategies."""
