@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
-from galvatron_jax.partition.agreement import Agreement
-from galvatron_jax.partition.counts import NONE, Amount, Counts, Tally, largest
+from galvatron_jax.partition.counts import NONE, Counts, Tally
 from galvatron_jax.partition.instructions import Instruction, Residual, Version
-from galvatron_jax.partition.layer_plan import BoundarySpec, LayerPlan, ParameterPlan
+from galvatron_jax.partition.layer_plan import BoundarySpec, LayerPlan
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Step
-from galvatron_jax.partition.liveness import Named, Where
-from galvatron_jax.partition.parameters import Storage, StoredParameter
+from galvatron_jax.partition.liveness import Where
+from galvatron_jax.partition.placement import Counted, Placement
 from galvatron_jax.partition.planner import Pass
-from galvatron_jax.partition.ports import Ports
 from galvatron_jax.partition.remat import Split, split
+from galvatron_jax.partition.scaled import Pick, Recipes, Scaled, alike, structure
 from galvatron_jax.partition.series import LayerSeries
-from galvatron_jax.partition.setting import Held, Keep, Setting
+from galvatron_jax.partition.setting import Held, Keep
 from galvatron_jax.partition.static import StaticKind, prepare_kind
-from galvatron_jax.partition.strategy_axes import AxisPlan, plan_axes
+from galvatron_jax.partition.strategy_axes import AxisPlan
+from galvatron_jax.partition.through import InARow
 from galvatron_jax.spec.model import InputPort, LayerKind, PortRole
 from galvatron_jax.spec.strategy import LayerStrategy, Remat
 
@@ -126,7 +127,7 @@ def plan_series(
         Series that cover all of them, each once, in ascending order.
     """
     context = _context(kind, strategy, mesh, microbatch=microbatches[-1], traced_at=model_microbatch, keep=Keep.COUNTS)
-    series = context.series(strategy.zero, strategy.remat, microbatches)
+    series = context.series(strategy.zero, context.counted(strategy.zero, strategy.remat), microbatches)
     if context.agreement.holds(microbatches):
         return (series,)
     half = len(microbatches) // 2
@@ -139,36 +140,56 @@ def plan_series(
 
 def _context(
     kind: LayerKind, strategy: LayerStrategy, mesh: Mapping[str, int], *, microbatch: int, traced_at: int, keep: Keep
-) -> _Context:
+) -> Context:
     static = prepare_kind(kind)
     axes = strategy.dp, strategy.tp, strategy.sp, strategy.sp_kind
-    return static.memo.contexts.get(
-        (axes, tuple(mesh.items()), microbatch, traced_at, keep),
-        lambda: _Context(static, strategy, mesh, microbatch=microbatch, traced_at=traced_at, keep=keep),
-    )
+
+    def make() -> Context:
+        context = Context(static, strategy, mesh, microbatch=microbatch, traced_at=traced_at, keep=keep)
+        if keep is Keep.COUNTS:
+            _find_model(context)
+        return context
+
+    return static.memo.contexts.get((axes, tuple(mesh.items()), microbatch, traced_at, keep), make)
+
+
+def _find_model(context: Context) -> None:
+    """Lets a context follow one that was planned before, or others follow it."""
+    key = structure(context)
+    if key is not None:
+        models: list[Context] = context.static.memo.models.get(key, list)
+        model = next((model for model in models if alike(model, context)), None)
+        if model is not None:
+            context.follow(model)
+        else:
+            models.append(context)
+
+
+class About(NamedTuple):
+    """What backward's counts depend on besides the pass itself; see `Pass.counts`."""
+
+    handed_on: frozenset[Version]
+    given: Sequence[Tally]
+    at_once: frozenset[Version]
+    in_a_row: InARow | None
+    """With forward, where the layer ends in the loss."""
+    unscattered: tuple[int, ...]
+    """Parameters' gradients that leave scattered."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Passes:
+class Passes:
     """The two passes over a layer, which ZeRO stages share that differ in how the optimizer's state is stored alone."""
 
     forward: Pass
     backward: Pass
-    counts: tuple[Counts, Counts]
+    counted: Counted
     kept: tuple[tuple[int, int, int], ...]
     """Values that cross, with the number of their version in forward and in backward."""
-    residual_bytes: tuple[int, int]
-    """What stays, and what grows with the micro-batch."""
-    kept_inputs: tuple[tuple[int, int, int], ...]
-    """Of it, per input port, what stays and what grows."""
     output_versions: tuple[Version, ...]
     gradient_versions: tuple[Version, ...]
     backward_reads: frozenset[int]
-
-    @cached_property
-    def gradient_layouts(self) -> tuple[Layout, ...]:
-        """In which gradients leave."""
-        return tuple(self.backward.held[v].layouts[n] for v, n in self.gradient_versions)
+    about: About
 
     def residuals(self) -> tuple[Residual, ...]:
         """What crosses."""
@@ -183,7 +204,7 @@ class _Passes:
 
 
 @dataclass(frozen=True, eq=False)
-class _Through:
+class Through:
     """Both passes through a layer, gradients left as they are made."""
 
     forward: Pass
@@ -194,12 +215,12 @@ class _Through:
     """Per kept value, forward's numbers of the versions at hand in backward."""
     operations: int
     """Of backward."""
-    passes: dict[tuple[bool, bool], _Passes] = field(default_factory=dict)
+    passes: dict[tuple[bool, bool], Passes] = field(default_factory=dict)
     """To the end, gradients scattered or not, work repeated or not."""
 
 
-class _Context:
-    """A layer over some logical axes at one micro-batch: what strategies share that differ in ZeRO and remat alone."""
+class Context(Placement):
+    """A placement with its passes."""
 
     def __init__(
         self,
@@ -211,25 +232,32 @@ class _Context:
         traced_at: int,
         keep: Keep,
     ) -> None:
-        self.static, self.kind, self.program, self.microbatch = static, static.kind, static.program, microbatch
-        self.sizes = static.program.sizes(self.kind.batch_factor, microbatch, traced_at)
-        self.axes = plan_axes(static, strategy, mesh, self.sizes)
-        self.storage = Storage(static, self.axes, self.sizes)
-        growing = static.program.growing(self.kind.batch_factor, traced_at)
-        self.setting = Setting(
-            static.program, self.sizes, self.axes.axes, self.axes.allowed, growing=growing, keep=keep,
-            outlines=static.memo.outlines,
-        )  # fmt: skip
-        self.ports = Ports(static, self.axes, self.sizes, strategy.sp_kind, self.storage)
-        self.output_specs = self.ports.output_specs()
-        self.agreement = Agreement(
-            static, strategy, mesh, self.setting, self.ports, planned_at=microbatch, traced_at=traced_at
-        )
-        self.gradients = tuple((i, p, p.gradient) for i, p in enumerate(self.kind.inputs) if p.gradient is not None)
+        super().__init__(static, strategy, mesh, microbatch=microbatch, traced_at=traced_at, keep=keep)
+        self.picks: list[Pick] = []
+        """Versions picked for their size, to go on with in backward."""
+        self._scaled: Scaled | None = None
         self._forwards: dict[tuple, tuple[Pass, Counts]] = {}
-        self._throughs: dict[tuple, _Through] = {}
+        self._throughs: dict[tuple, Through] = {}
         self._plans: dict[tuple[int, Remat], LocalPlan] = {}
-        self._parameters: dict[tuple, tuple[ParameterPlan, ...]] = {}
+
+    @cached_property
+    def recipes(self) -> Recipes:
+        """What its passes count for, at any sizes."""
+        return Recipes(self.setting, [port.value for port in self.kind.inputs])
+
+    def follow(self, model: Context) -> None:
+        """Takes over what a model's passes count for, as long as all would be chosen alike; see `scaled`."""
+        self._scaled = Scaled(self.setting, model)
+
+    def counted(self, zero: int, remat: Remat) -> Counted:
+        """What the passes at a ZeRO stage with a remat policy count for."""
+        if self._scaled is not None:
+            found = self._scaled.counted(zero, remat)
+            if found is not None:
+                return found
+            self._scaled = None
+            self.forget_choices()
+        return self.passes(zero, remat).counted
 
     # ------------------------------------------------------------------------------------------ plans
 
@@ -242,65 +270,36 @@ class _Context:
 
     def _plan(self, zero: int, remat: Remat) -> LocalPlan:
         passes = self.passes(zero, remat)
-        stored = self.stored(zero, passes.gradient_layouts)
+        stored = self.stored(zero, passes.counted.gradient_layouts)
         forward, backward = (
             counts.at(self.microbatch, self.microbatch, run.instructions)
-            for counts, run in zip(passes.counts, (passes.forward, passes.backward), strict=True)
+            for counts, run in zip(passes.counted.counts, (passes.forward, passes.backward), strict=True)
         )
         plan = LayerPlan(
             forward=forward,
             backward=backward,
-            residual_bytes=sum(passes.residual_bytes),
+            residual_bytes=sum(passes.counted.residual_bytes),
             parameters=tuple(parameter.plan for parameter in stored.values()),
             inputs=self.ports.input_specs(sharded=zero == 3),
             outputs=self.output_specs,
             notes=self.kind.notes,
-            kept_inputs=tuple((port, stays + grows) for port, stays, grows in passes.kept_inputs),
+            kept_inputs=tuple((port, stays + grows) for port, stays, grows in passes.counted.kept_inputs),
         )
         return LocalPlan(
             static=self.static, plan=plan, axes=self.axes, sizes=self.sizes,
             inputs=self.ports.inputs(sharded=zero == 3), outputs=self.ports.outputs,
             forward=forward.instructions, backward=backward.instructions,
             output_versions=passes.output_versions, residuals=passes.residuals(),
-            gradient_versions=passes.gradient_versions, gradient_layouts=passes.gradient_layouts,
+            gradient_versions=passes.gradient_versions, gradient_layouts=passes.counted.gradient_layouts,
             sync={i: parameter.sync for i, parameter in stored.items()},
             publish={i: parameter.publish for i, parameter in stored.items()},
             backward_reads=passes.backward_reads,
             held={"forward": passes.forward.held, "backward": passes.backward.held},
         )  # fmt: skip
 
-    def series(self, zero: int, remat: Remat, microbatches: tuple[int, ...]) -> LayerSeries:
-        """The plan at a ZeRO stage with a remat policy, as it grows with the micro-batch."""
-        passes = self.passes(zero, remat)
-        return LayerSeries(
-            microbatches=microbatches,
-            planned_at=self.microbatch,
-            forward=passes.counts[0],
-            backward=passes.counts[1],
-            residual_bytes=passes.residual_bytes,
-            kept_inputs=passes.kept_inputs,
-            parameters=self.parameters(zero, passes.gradient_layouts),
-            inputs=self.ports.input_specs(sharded=zero == 3),
-            outputs=self.output_specs,
-            notes=self.kind.notes,
-        )
-
-    def stored(self, zero: int, gradient_layouts: tuple[Layout, ...]) -> dict[int, StoredParameter]:
-        """Each parameter's way through a step."""
-        accumulated = {i: layout for (i, _, _), layout in zip(self.gradients, gradient_layouts, strict=True)}
-        return {i: self.storage.parameter(i, zero=zero, accumulated=accumulated.get(i)) for i in self.static.parameters}
-
-    def parameters(self, zero: int, gradient_layouts: tuple[Layout, ...]) -> tuple[ParameterPlan, ...]:
-        """The same as planned; one object for all remat policies that leave gradients alike."""
-        key = zero, gradient_layouts
-        if key not in self._parameters:
-            stored = self.stored(zero, gradient_layouts)
-            self._parameters[key] = tuple(parameter.plan for parameter in stored.values())
-        return self._parameters[key]
-
     # ------------------------------------------------------------------------------------------ forward and backward
 
-    def passes(self, zero: int, remat: Remat) -> _Passes:
+    def passes(self, zero: int, remat: Remat) -> Passes:
         """Both passes. ZeRO 0 and 1 keep gradients as they are made, 2 scatters them, 3 gathers parameters as well."""
         through = self.through(remat, sharded=zero == 3)
         key = scatter, repeats = zero >= 2, remat is not Remat.NONE
@@ -308,7 +307,7 @@ class _Context:
             through.passes[key] = self._hand_over(through, sharded=zero == 3, scatter=scatter, repeats=repeats)
         return through.passes[key]
 
-    def through(self, remat: Remat, *, sharded: bool) -> _Through:
+    def through(self, remat: Remat, *, sharded: bool) -> Through:
         """Both passes but for what happens to gradients at the end, parameters stored sharded or not."""
         parts, keep_all = split(self.static, remat), remat is Remat.NONE
         key = parts.key, sharded, keep_all and bool(parts.saved)
@@ -319,7 +318,7 @@ class _Context:
             backward.run(parts.backward)
             if forward.length > done:
                 counts = forward.counts(len(parts.forward))
-            self._throughs[key] = _Through(forward, backward, counts, versions, len(parts.backward))
+            self._throughs[key] = Through(forward, backward, counts, versions, len(parts.backward))
         return self._throughs[key]
 
     def _forward(self, parts: Split, *, sharded: bool) -> tuple[Pass, Counts]:
@@ -358,7 +357,9 @@ class _Context:
                 target = tuple(NOWHERE if p == PENDING else p for p in layouts[0])
                 usable = [forward.convert(value, target)[1]]
             if not keep_all:
-                usable = [min(usable, key=lambda i: forward.local_bytes(value, i))]
+                pick = Pick(value, forward.held[value], tuple(usable))
+                self.picks.append(pick)
+                usable = [pick.smallest(self.setting)]
             versions[value] = usable
             held = forward.held[value]
             backward.held[value] = self.setting.state(
@@ -369,7 +370,7 @@ class _Context:
                 backward.hold(port.cotangent, layout)
         return backward, versions
 
-    def _hand_over(self, through: _Through, *, sharded: bool, scatter: bool, repeats: bool) -> _Passes:
+    def _hand_over(self, through: Through, *, sharded: bool, scatter: bool, repeats: bool) -> Passes:
         """Gradients brought into the layouts in which they leave, and all counted."""
         forward, backward = through.forward, through.backward.fork()
         inputs = self.ports.inputs(sharded=sharded)
@@ -385,11 +386,19 @@ class _Context:
         )
         # XLA converts a weight's gradient in the product that makes it, however long it then waits to be scattered.
         weights = frozenset((value, 0) for _, port, value in self.gradients if port.role is PortRole.PARAMETER)
-        counts = backward.counts(through.operations, onward, self._given(through, repeats=repeats), weights)
-        if scatter:
-            counts = replace(counts, unscattered_bytes=self._unscattered_bytes(backward))
-        if any(port.role is PortRole.LOSS for port in self.kind.outputs):
-            counts = replace(counts, through_peaks=self._through_peaks(forward, backward, onward))
+        ends = any(port.role is PortRole.LOSS for port in self.kind.outputs)
+        about = About(
+            handed_on=onward,
+            given=self._given(through, repeats=repeats),
+            at_once=weights,
+            in_a_row=InARow(forward, backward, onward) if ends else None,
+            unscattered=tuple([value for value, _ in weights]) if scatter else (),
+        )
+        counts = replace(
+            backward.counts(through.operations, onward, about.given, weights),
+            unscattered_bytes=int(sum(backward.local_bytes(gradient) for gradient in about.unscattered)),
+            through_peaks=about.in_a_row.peaks() if about.in_a_row is not None else (),
+        )
         kept = tuple(
             [
                 (value, number, position)
@@ -416,19 +425,23 @@ class _Context:
                 size, grows = int(backward.local_bytes(port.value)), backward.grows(port.value)
                 residual_bytes[grows] += size
                 inputs_kept.append((index, 0 if grows else size, size if grows else 0))
-        return _Passes(
+        return Passes(
             forward=forward,
             backward=backward,
-            counts=(through.counts, counts),
+            counted=Counted(
+                counts=(through.counts, counts),
+                residual_bytes=(residual_bytes[0], residual_bytes[1]),
+                kept_inputs=tuple(inputs_kept),
+                gradient_layouts=tuple([backward.held[value].layouts[number] for value, number in gradients]),
+            ),
             kept=kept,
-            residual_bytes=(residual_bytes[0], residual_bytes[1]),
-            kept_inputs=tuple(inputs_kept),
             output_versions=self._output_versions(forward),
             gradient_versions=gradients,
             backward_reads=reads,
+            about=about,
         )
 
-    def _given(self, through: _Through, *, repeats: bool) -> list[Tally]:
+    def _given(self, through: Through, *, repeats: bool) -> list[Tally]:
         """What backward finds in memory beside all that forward kept: cotangents, and its part of loops' arrays.
 
         A loop takes each layer's inputs and residuals out of those of all layers. Where backward repeats work, they
@@ -449,23 +462,6 @@ class _Context:
             ],
         ]
         return [Tally((), ((version, size, grows),), False, NONE, place=where) for version, size, grows, where in found]
-
-    def _unscattered_bytes(self, backward: Pass) -> int:
-        """Local bytes of the parameters' gradients as backward makes them."""
-        made = [gradient for _, port, gradient in self.gradients if port.role is PortRole.PARAMETER]
-        return int(sum(backward.local_bytes(gradient) for gradient in made))
-
-    @staticmethod
-    def _through_peaks(forward: Pass, backward: Pass, onward: frozenset[Version]) -> tuple[Amount, ...]:
-        """Peaks of forward and backward in a row: what both make in the same layout is there once."""
-
-        def by_layout() -> Named:
-            staying = frozenset((v, backward.held[v].layouts[n]) for v, n in onward)
-            return Named([*_by_layout(forward), *_by_layout(backward)], staying)
-
-        forms = (*forward.forms, -1, *backward.forms)
-        known = forward.setting.outlines.lifetimes(forms, onward, _same(forward, backward))
-        return largest(known.peaks(forward.tallies + backward.tallies, by_layout))
 
     def _output_versions(self, forward: Pass) -> tuple[Version, ...]:
         """Versions in which forward hands out the layer's outputs: they are there."""
@@ -489,31 +485,3 @@ class _Context:
             return pending
         backward.relabel(gradient, self.storage.mirrored(now))
         return self.storage.scattered(port.value, pending)
-
-
-def _same(forward: Pass, backward: Pass) -> tuple[tuple[int, int, int], ...]:
-    """Values with the numbers of versions of theirs that have one layout in forward and in backward."""
-    return tuple(
-        [
-            (value, there.layouts.index(layout), number)
-            for value, held in backward.held.items()
-            if (there := forward.held.get(value)) is not None
-            for number, layout in enumerate(held.layouts)
-            if layout in there.layouts
-        ]
-    )
-
-
-def _by_layout(run: Pass) -> list[Tally]:
-    """Tallies of a pass with its versions by layout, not by number."""
-
-    def known(version: Version) -> tuple:
-        return version[0], run.held[version[0]].layouts[version[1]]
-
-    return [
-        tally._replace(
-            read=tuple([known(version) for version in tally.read]),
-            made=tuple([(known(version), size, grows) for version, size, grows in tally.made]),
-        )
-        for tally in run.tallies
-    ]

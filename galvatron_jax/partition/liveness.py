@@ -112,10 +112,18 @@ class Lifetimes:
             tallies: the program's instructions, whatever the names of their versions.
             program: gives them with versions named, where that is needed.
         """
+        sizes = [tallies[index].made[place][1:] for index, place in self.made_at(program)]
+        return self.peaks_at(sizes, tallies, program)
+
+    def made_at(self, program: Callable[[], Named]) -> list[tuple[int, int]]:
+        """Per value, the instruction that makes it, and the place among what that makes."""
         if self._made_at is None:
             self._find(program())
         assert self._made_at is not None
-        sizes = [tallies[index].made[place][1:] for index, place in self._made_at]
+        return self._made_at
+
+    def peaks_at(self, sizes: Sequence[Size], tallies: Sequence[Tally], program: Callable[[], Named]) -> list[Amount]:
+        """The same with values of some sizes; of `tallies` only what loops' bodies hold is read."""
         found = self._answers.get(None)
         while isinstance(found, _Question):
             ask, about = found.asked

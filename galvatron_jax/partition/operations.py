@@ -8,7 +8,7 @@ from galvatron_jax.partition.choice import Choice, is_indexed, makes_summands
 from galvatron_jax.partition.counts import NONE, Amount, Tally, combined
 from galvatron_jax.partition.instructions import Apply, Decision, IndexShift, Instruction, Version
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, names_at
-from galvatron_jax.partition.setting import DearChoice, Held, Keep, Outcome, Setting
+from galvatron_jax.partition.setting import DearChoice, Held, Keep, Outcome, Setting, Work
 from galvatron_jax.partition.static import StaticFactor, StaticOp
 
 _RESHAPES = frozenset({"reshape", "squeeze", "expand_dims", "transpose"})
@@ -48,6 +48,7 @@ class Draft:
         self.tallies: list[Tally] = []
         self.decisions: list[Decision] = []
         self.flops: Amount = NONE
+        self.work: tuple[Work, ...] = ()
 
     def outcome(self) -> Outcome:
         """What has changed, and what was recorded."""
@@ -58,6 +59,7 @@ class Draft:
             tuple(self.decisions),
             self.flops,
             self.setting.outlines.number(self.tallies),
+            self.work,
         )
 
     def convert(self, value: int, target: Layout) -> Version:
@@ -181,6 +183,7 @@ class Draft:
             for axis in chosen:
                 flops /= setting.axis_sizes[axis]
             self.flops = (0.0, flops) if grows else (flops, 0.0)
+            self.work = ((op.index, tuple(chosen)),)
 
     def count(self, operands: tuple[Version, ...], results: tuple[Version, ...], names: tuple[str, ...] = ()) -> None:
         """Notes what an application counts for.

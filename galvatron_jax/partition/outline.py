@@ -28,7 +28,9 @@ class Traffic(NamedTuple):
     read: AbstractSet[Version]
 
 
-class _Moving(NamedTuple):
+class Moving(NamedTuple):
+    """What a program without sizes moves."""
+
     results: tuple[tuple[int, int], ...]
     """What goes through memory: the instruction, and the place among what it makes."""
     read: frozenset[Version]
@@ -44,7 +46,7 @@ class Outlines:
     """
 
     _numbers: dict[tuple, int] = field(default_factory=lambda: {(): 0})
-    _moving: Recent[_Moving] = field(default_factory=lambda: Recent(MAX_OUTLINES))
+    _moving: Recent[Moving] = field(default_factory=lambda: Recent(MAX_OUTLINES))
     _lifetimes: Recent[Lifetimes] = field(default_factory=lambda: Recent(MAX_OUTLINES))
 
     def number(self, tallies: Sequence[Tally]) -> int:
@@ -77,7 +79,7 @@ class Outlines:
             given: what is there before it and lives in memory beside what it makes.
             at_once: versions of fused work that is done with the product it reads.
         """
-        results, read = self._moving.get(forms, lambda: _moving(tallies))
+        results, read = self.moving(tallies, forms)
         moved = [0.0, 0.0]
         for index, place in results:
             _, size, grows = tallies[index].made[place]
@@ -90,12 +92,16 @@ class Outlines:
         peaks = known.peaks(program.tallies, lambda: program)
         return Traffic((moved[0], moved[1]), largest([(0.0, 0.0), *peaks]), read)
 
+    def moving(self, tallies: Sequence[Tally], forms: Forms) -> Moving:
+        """What goes through memory in programs of some form."""
+        return self._moving.get(forms, lambda: _moving(tallies))
+
     def lifetimes(self, forms: Forms, *about: Hashable) -> Lifetimes:
         """When values come and go in programs of some form, alike in what else that depends on."""
         return self._lifetimes.get((forms, *about), Lifetimes)
 
 
-def _moving(tallies: Sequence[Tally]) -> _Moving:
+def _moving(tallies: Sequence[Tally]) -> Moving:
     left = Counter(chain.from_iterable([tally.read for tally in tallies]))
     read, results = frozenset(left), []
     for index, tally in enumerate(tallies):
@@ -104,4 +110,4 @@ def _moving(tallies: Sequence[Tally]) -> _Moving:
                 results.append((index, place))
         for version in tally.read:
             left[version] -= 1
-    return _Moving(tuple(results), read)
+    return Moving(tuple(results), read)

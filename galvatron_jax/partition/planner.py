@@ -16,7 +16,7 @@ from galvatron_jax.partition.instructions import Convert, Decision, Instruction,
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Role, Step
 from galvatron_jax.partition.operations import Draft, plan_operation
 from galvatron_jax.partition.outline import Forms
-from galvatron_jax.partition.setting import Held, Keep, Outcome, Setting
+from galvatron_jax.partition.setting import Held, Keep, Outcome, Setting, Work
 from galvatron_jax.partition.static import StaticFactor, StaticOp, StaticProgram
 
 
@@ -53,12 +53,17 @@ class Pass:
     @property
     def forms(self) -> Forms:
         """The instructions without sizes."""
-        return tuple([outcome.form for outcome in self._outcomes])
+        return tuple([outcome.form for outcome in self._outcomes if outcome.form])
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
         """Why operations are sharded as they are, where that costs something."""
         return tuple(chain.from_iterable([outcome.decisions for outcome in self._outcomes]))
+
+    @property
+    def work(self) -> tuple[Work, ...]:
+        """Operations with FLOPs, and the axes that share out those of each."""
+        return tuple(chain.from_iterable([outcome.work for outcome in self._outcomes]))
 
     @property
     def flops(self) -> Amount:

@@ -46,6 +46,10 @@ class Keep(Enum):
     INSTRUCTIONS = "instructions, and what they count for"
 
 
+Work = tuple[int, tuple[int, ...]]
+"""The index of an operation that has FLOPs, and the axes that share them out."""
+
+
 class Outcome(NamedTuple):
     """What planning one operation gives."""
 
@@ -59,6 +63,8 @@ class Outcome(NamedTuple):
     """Local FLOPs of one device."""
     form: int = 0
     """Number of the instructions without sizes, see `Outlines`."""
+    work: tuple[Work, ...] = ()
+    """What `flops` are made of; loops' are left out."""
 
 
 class DearChoice(NamedTuple):

@@ -18,6 +18,8 @@ from galvatron_jax.spec.strategy import Remat
 
 MAX_CONTEXTS = 256
 """Pairs of logical axes and micro-batch that are remembered for a kind."""
+MAX_STRUCTURES = 64
+"""Structures of logical axes of which models are remembered for a kind."""
 LOCAL_ITEMSIZE = {"bool": 1, "bfloat16": 2, "float0": 0}
 
 
@@ -211,6 +213,8 @@ class Memo:
     """Whether all grows in proportion to the micro-batch or not at all, by growing factors."""
     contexts: Recent = field(default_factory=lambda: Recent(MAX_CONTEXTS))
     """What strategies with the same logical axes share, by axes and micro-batch."""
+    models: Recent = field(default_factory=lambda: Recent(MAX_STRUCTURES))
+    """Contexts that others follow, by structure."""
     outlines: Outlines = field(default_factory=Outlines)
     """What was found of its programs."""
 

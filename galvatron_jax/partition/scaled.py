@@ -1,0 +1,412 @@
+"""Passes over a layer at other sizes of its axes than those at which they were planned.
+
+How many devices an axis has decides little: what it can shard, by divisibility, and which factor is the cheapest where
+each moves bytes. Where both come out as they did at the sizes planned, the passes are the same, and what they count for
+follows from the sizes of what they handle: no operation is looked at again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from galvatron_jax.partition.choice import Choice
+from galvatron_jax.partition.counts import Amount, Counts, Sent, Tally, collectives, combined, largest
+from galvatron_jax.partition.instructions import Version
+from galvatron_jax.partition.layout import Role, convert
+from galvatron_jax.partition.liveness import Lifetimes, Named
+from galvatron_jax.partition.placement import Counted, Placement
+from galvatron_jax.partition.planner import Pass
+from galvatron_jax.partition.setting import Held, Setting
+from galvatron_jax.spec.strategy import Remat
+
+if TYPE_CHECKING:
+    from galvatron_jax.partition.layers import Context, Passes
+
+
+MAX_SHARING = 5
+"""Axes that may shard one factor where contexts follow others."""
+
+
+class Scaled:
+    """What the passes of a context, the model, count for in the setting of another, as long as all is chosen alike."""
+
+    def __init__(self, setting: Setting, model: Context) -> None:
+        """Placements must be `alike`.
+
+        Args:
+            setting: where figures are wanted; the model's choices are noted in it as its own.
+            model: whose passes are followed.
+        """
+        self.setting, self.model = setting, model
+        self._choices = self._picks = 0
+        """How many of the model's are known to be made alike."""
+        self._sizes = np.empty(0)
+        """Of all measures."""
+        self._counts: dict[int, Counts] = {}
+        self._sent: dict[_Message, tuple[Sent, ...]] = {}
+
+    def counted(self, zero: int, remat: Remat) -> Counted | None:
+        """What the passes count for at a ZeRO stage with a remat policy; None where they would not be the same."""
+        passes = self.model.passes(zero, remat)
+        return self._evaluate(self.model.recipes.of(passes), passes) if self._chooses_alike() else None
+
+    def _chooses_alike(self) -> bool:
+        """Whether all that the model chose would be chosen here."""
+        choices, picks = self.model.setting.dear, self.model.picks
+        for choice in choices[self._choices :]:
+            here = choice._replace(setting=self.setting)
+            if (
+                Choice(self.setting, choice.op, choice.states).cheapest(choice.axis, choice.chosen)[0]
+                is not choice.factor
+            ):
+                return False
+            self.setting.dear.append(here)
+        for pick in picks[self._picks :]:
+            if pick.smallest(self.setting) != pick.smallest(self.model.setting):
+                return False
+        self._choices, self._picks = len(choices), len(picks)
+        return True
+
+    def _evaluate(self, recipe: _Recipe, passes: Passes) -> Counted:
+        measures = self.model.recipes.measures
+        if len(self._sizes) < len(measures):
+            self._sizes = measures.at(self.setting)
+        sizes, kept = self._sizes, recipe.kept_inputs
+        residual = [int(sizes[those].sum()) for those in recipe.residuals]
+        return Counted(
+            counts=(self._phase(recipe.forward), self._phase(recipe.backward)),
+            residual_bytes=(residual[0], residual[1]),
+            kept_inputs=tuple(
+                [(port, 0, int(sizes[n])) if grows else (port, int(sizes[n]), 0) for port, n, grows in kept]
+            ),
+            gradient_layouts=passes.counted.gradient_layouts,
+        )
+
+    def _phase(self, phase: _Phase) -> Counts:
+        found = self._counts.get(id(phase))
+        if found is None:
+            found = self._counts[id(phase)] = phase.at(self._sizes, self._messages)
+        return found
+
+    def _messages(self, message: _Message) -> tuple[Sent, ...]:
+        found = self._sent.get(message)
+        if found is None:
+            found = self._sent[message] = tuple((each, message.grows) for each in message.sent(self.setting))
+        return found
+
+
+def alike(one: Placement, other: Placement) -> bool:
+    """Whether placements of one `structure` are laid out alike at their boundaries."""
+    here, there = one.ports, other.ports
+    return (
+        one.setting.growing == other.setting.growing
+        and here.outputs == there.outputs
+        and all(here.inputs(sharded=sharded) == there.inputs(sharded=sharded) for sharded in (False, True))
+    )
+
+
+def structure(place: Placement) -> tuple | None:
+    """Roles of axes, and which can shard what: placements of one structure may be `alike`.
+
+    None for programs with loops, whose bodies are planned as often as it takes, and where too many axes may shard one
+    factor to look at all their sets.
+    """
+    axes, allowed = place.axes.axes, place.axes.allowed
+    sharing = {f: [a for a, factors in enumerate(allowed) if f in factors] for f in frozenset().union(*allowed)}
+    if max(map(len, sharing.values()), default=0) > MAX_SHARING or any(op.loop for op in place.program.operations):
+        return None
+    room = []
+    for factor, sharers in sorted(sharing.items()):
+        ways = [1]
+        for axis in sharers:
+            ways += [n * axes[axis].size for n in ways]
+        room.append(tuple([place.sizes[factor] % n == 0 for n in ways]))
+    ranks = sorted({axis.rank for axis in axes})
+    roles = tuple([(axis.role, axis.mirror, ranks.index(axis.rank)) for axis in axes])
+    return place.ports.sp_kind, allowed, roles, tuple(room)
+
+
+class Pick(NamedTuple):
+    """A question: which of a value's versions is the smallest?"""
+
+    value: int
+    held: Held
+    versions: tuple[int, ...]
+
+    def smallest(self, setting: Setting) -> int:
+        """The answer in a setting; of equals the first."""
+        return min(self.versions, key=lambda version: setting.local_bytes(self.value, self.held, version))
+
+
+# ------------------------------------------------------------------------------------------ what figures are made of
+
+
+class _Measures:
+    """Sizes of values and of work, as products of those of factors over those of axes."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self._seen: dict[tuple[int, Held, int], int] = {}
+        self._numbers: dict[tuple, int] = {}
+        self._rows: list[tuple[float, tuple[int, ...], tuple[int, ...]]] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def value(self, value: int, held: Held, version: int) -> int:
+        """The number of a version's local bytes."""
+        seen = value, held, version
+        if seen not in self._seen:
+            self._seen[seen] = self._value(value, held, version)
+        return self._seen[seen]
+
+    def _value(self, value: int, held: Held, version: int) -> int:
+        key = value, held.layouts[version], held.lazy
+        if key not in self._numbers:
+            program = self.setting.program
+            dims = program.dim_of[value]
+            factors = tuple(f for p, f in enumerate(program.positions[value]) if dims[p] not in held.lazy)
+            axes = tuple(axis for axis, place in enumerate(key[1]) if place >= 0)
+            self._add(key, float(program.itemsize[value]), factors, axes)
+        return self._numbers[key]
+
+    def work(self, operation: int, axes: tuple[int, ...]) -> int:
+        """The number of an operation's local FLOPs."""
+        key = operation, axes
+        if key not in self._numbers:
+            op = self.setting.program.operations[operation]
+            self._add(key, op.flops, tuple(factor.factor for factor in op.factors), axes)
+        return self._numbers[key]
+
+    def _add(self, key: tuple, unit: float, factors: tuple[int, ...], axes: tuple[int, ...]) -> None:
+        self._numbers[key] = len(self._rows)
+        self._rows.append((unit, factors, axes))
+
+    def at(self, setting: Setting) -> np.ndarray:
+        """All at the sizes of a setting. float64[measures]."""
+        sizes, ways = np.array([1.0, *setting.sizes]), np.array([1.0, *setting.axis_sizes])
+        units = np.array([unit for unit, _, _ in self._rows])
+        factors = _padded([factors for _, factors, _ in self._rows])
+        axes = _padded([axes for _, _, axes in self._rows])
+        return units * sizes[factors].prod(axis=1) / ways[axes].prod(axis=1)
+
+
+def _padded(rows: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """Rows of indices from 1, filled with zeros. int64[rows, longest]."""
+    longest = max([len(row) for row in rows], default=0)
+    return np.array([[*[index + 1 for index in row], *[0] * (longest - len(row))] for row in rows], np.int64)
+
+
+class _Message(NamedTuple):
+    """What a conversion sends, or a reduction that is combined at once."""
+
+    value: int
+    held: Held
+    source: int
+    """Version."""
+    target: int
+    """Version; -1 for a reduction."""
+    axes: tuple[int, ...]
+    """Of a reduction."""
+    how: str
+    grows: bool
+
+    def sent(self, setting: Setting) -> Iterable:
+        """Its collectives in a setting."""
+        value, held, program = self.value, self.held, setting.program
+        size, dtype, source = program.itemsize[value], program.program.values[value].dtype, held.layouts[self.source]
+        if self.target >= 0:
+            steps = convert(setting.axes, setting.frame(value, held.lazy), source, held.layouts[self.target])
+            return collectives(steps, size, dtype)
+        names = tuple([name for axis in self.axes for name in setting.axes[axis].names])
+        shape = setting.local_shape(value, source, held.lazy)
+        return (combined(setting.axes, names, self.how, shape, size, dtype),)
+
+
+@dataclass(frozen=True, eq=False)
+class _Program:
+    """What a program's peaks are made of."""
+
+    tallies: Sequence[Tally]
+    made: tuple[tuple[int, ...], ...]
+    """Per instruction, the measures of what it makes."""
+    lifetimes: Lifetimes
+    named: Callable[[Sequence[Tally]], Named]
+    """From tallies of other sizes."""
+    values: np.ndarray
+    """Measures of its values. int64[values]"""
+    grows: tuple[bool, ...]
+    """Per value."""
+
+    @classmethod
+    def of(
+        cls,
+        tallies: Sequence[Tally],
+        made: tuple[tuple[int, ...], ...],
+        lifetimes: Lifetimes,
+        named: Callable[[Sequence[Tally]], Named],
+    ) -> _Program:
+        places = lifetimes.made_at(lambda: named(tallies))
+        values = np.array([made[index][place] for index, place in places], np.int64)
+        return cls(tallies, made, lifetimes, named, values, tuple([tallies[i].made[p][2] for i, p in places]))
+
+    def peaks(self, sizes: np.ndarray) -> list[Amount]:
+        """Bytes in memory whenever they may be most."""
+
+        def program() -> Named:
+            return self.named(
+                [
+                    tally._replace(
+                        made=tuple(
+                            [(v, float(sizes[n]), grows) for (v, _, grows), n in zip(tally.made, numbers, strict=True)]
+                        )
+                    )
+                    for tally, numbers in zip(self.tallies, self.made, strict=True)
+                ]
+            )
+
+        values = list(zip(sizes[self.values].tolist(), self.grows, strict=True))
+        return self.lifetimes.peaks_at(values, self.tallies, program)
+
+
+@dataclass(frozen=True, eq=False)
+class _Phase:
+    """What a pass's counts are made of."""
+
+    program: _Program
+    moved: tuple[np.ndarray, np.ndarray]
+    """Measures of what stays, and of what grows."""
+    flops: tuple[np.ndarray, np.ndarray]
+    sent: tuple[_Message, ...]
+    counts: Counts
+    """At the sizes planned."""
+    through: _Program | None = None
+    """Behind forward, where the layer ends in the loss."""
+    unscattered: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """Measures of parameters' gradients that leave scattered."""
+
+    def at(self, sizes: np.ndarray, messages: Callable[[_Message], tuple[Sent, ...]]) -> Counts:
+        """The counts at other sizes."""
+        stays, grows = self.moved
+        work, more = self.flops
+        return Counts(
+            sent=tuple([each for message in self.sent for each in messages(message)]),
+            flops=(float(sizes[work].sum()), float(sizes[more].sum())),
+            moved=(float(sizes[stays].sum()), float(sizes[grows].sum())),
+            peaks=largest([(0.0, 0.0), *self.program.peaks(sizes)]),
+            operations=self.counts.operations,
+            read=self.counts.read,
+            through_peaks=largest(self.through.peaks(sizes)) if self.through is not None else (),
+            unscattered_bytes=int(sizes[self.unscattered].sum()),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Recipe:
+    """What is counted of both passes."""
+
+    forward: _Phase
+    backward: _Phase
+    residuals: tuple[np.ndarray, np.ndarray]
+    kept_inputs: tuple[tuple[int, int, bool], ...]
+    """Input port, measure, and whether it grows."""
+
+
+class Recipes:
+    """What the passes in a context count for, at any sizes."""
+
+    def __init__(self, setting: Setting, inputs: Sequence[int]) -> None:
+        """Nothing is known yet.
+
+        Args:
+            setting: of the context.
+            inputs: the values at the layer's input ports.
+        """
+        self.setting, self.inputs, self.measures = setting, inputs, _Measures(setting)
+        self._phases: dict[int, tuple[Counts, _Phase]] = {}
+        self._recipes: dict[int, tuple[Passes, _Recipe]] = {}
+
+    def of(self, passes: Passes) -> _Recipe:
+        """The recipe of both passes."""
+        if id(passes) not in self._recipes:
+            self._recipes[id(passes)] = passes, self._recipe(passes)
+        return self._recipes[id(passes)][1]
+
+    def _recipe(self, passes: Passes) -> _Recipe:
+        forward, backward = passes.forward, passes.backward
+        there, _ = passes.counted.counts
+        if id(there) not in self._phases:
+            self._phases[id(there)] = there, self._phase(forward, there)
+        ahead = self._phases[id(there)][1]
+        residuals: tuple[list[int], list[int]] = [], []
+        for value, number, _ in passes.kept:
+            residuals[forward.grows(value)].append(self.measures.value(value, forward.held[value], number))
+        kept = []
+        for port, _, _ in passes.counted.kept_inputs:
+            value = self.inputs[port]
+            number, grows = self.measures.value(value, backward.held[value], 0), backward.grows(value)
+            residuals[grows].append(number)
+            kept.append((port, number, grows))
+        return _Recipe(ahead, self._backward(passes), _pair(residuals), tuple(kept))
+
+    def _backward(self, passes: Passes) -> _Phase:
+        forward, backward, about = passes.forward, passes.backward, passes.about
+        phase = self._phase(backward, passes.counted.counts[1], about.given, about.handed_on, about.at_once)
+        unscattered = [self.measures.value(value, backward.held[value], 0) for value in about.unscattered]
+        through = None
+        if about.in_a_row is not None:
+            pair = about.in_a_row
+            made = self._made(forward, forward.tallies) + self._made(backward, backward.tallies)
+            through = _Program.of(pair.tallies, made, pair.lifetimes, pair.named)
+        return replace(phase, through=through, unscattered=np.array(unscattered, np.int64))
+
+    def _phase(
+        self,
+        run: Pass,
+        counts: Counts,
+        given: Sequence[Tally] = (),
+        handed_on: frozenset[Version] = frozenset(),
+        at_once: frozenset[Version] = frozenset(),
+    ) -> _Phase:
+        tallies, outlines = run.tallies, self.setting.outlines
+        results, _ = outlines.moving(tallies, run.forms)
+        whole = [*given, *tallies]
+        made = self._made(run, whole)
+        moved: tuple[list[int], list[int]] = [], []
+        for index, place in results:
+            moved[tallies[index].made[place][2]].append(made[len(given) + index][place])
+        flops: tuple[list[int], list[int]] = [], []
+        for operation, axes in run.work:
+            grows = self.setting.points(self.setting.program.operations[operation])[1]
+            flops[grows].append(self.measures.work(operation, axes))
+        sent = []
+        for tally in tallies:
+            if not tally.fused:
+                for value, version in tally.read:
+                    moved[run.grows(value)].append(self.measures.value(value, run.held[value], version))
+            if tally.sent:
+                sent.append(self._message(run, tally))
+        known = outlines.lifetimes((outlines.number(given), *run.forms), handed_on, at_once)
+        program = _Program.of(whole, made, known, lambda resized: Named(resized, handed_on, at_once))
+        return _Phase(program, _pair(moved), _pair(flops), tuple(sent), counts)
+
+    def _made(self, run: Pass, tallies: Sequence[Tally]) -> tuple[tuple[int, ...], ...]:
+        held, number = run.held, self.measures.value
+        return tuple([tuple([number(v, held[v], n) for (v, n), _, _ in tally.made]) for tally in tallies])
+
+    def _message(self, run: Pass, tally: Tally) -> _Message:
+        (value, version), _, grows = tally.made[0]
+        if tally.read[0][0] == value:
+            return _Message(value, run.held[value], tally.read[0][1], version, (), "", grows)
+        names, axes = set(tally.sent[0][0].axes), self.setting.axes
+        over = tuple(i for i, axis in enumerate(axes) if axis.role is not Role.STORAGE and set(axis.names) <= names)
+        return _Message(value, run.held[value], version, -1, over, tally.sent[0][0].combine, grows)
+
+
+def _pair(numbers: tuple[list[int], list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    stays, grows = numbers
+    return np.array(stays, np.int64), np.array(grows, np.int64)
