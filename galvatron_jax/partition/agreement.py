@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 from galvatron_jax.partition.choice import Choice
+from galvatron_jax.partition.operations import works_on_stored_rows
 from galvatron_jax.partition.parameters import Storage
 from galvatron_jax.partition.ports import Ports
-from galvatron_jax.partition.setting import DearChoice, Setting
+from galvatron_jax.partition.setting import DearChoice, DearRows, Setting
 from galvatron_jax.partition.static import StaticKind
 from galvatron_jax.partition.strategy_axes import plan_axes
 from galvatron_jax.spec.strategy import LayerStrategy
@@ -90,6 +91,8 @@ class Agreement:
         return known >= 0
 
 
-def _holds(choice: DearChoice, sizes: tuple[int, ...]) -> bool:
+def _holds(choice: DearChoice | DearRows, sizes: tuple[int, ...]) -> bool:
+    if isinstance(choice, DearRows):
+        return works_on_stored_rows(choice, sizes) is choice.sharded
     there = Choice(choice.setting.elsewhere(sizes), choice.op, choice.states)
     return there.cheapest(choice.axis, choice.chosen)[0] is choice.factor
