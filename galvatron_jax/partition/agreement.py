@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 from galvatron_jax.partition.choice import Choice
+from galvatron_jax.partition.operations import works_on_stored_rows
 from galvatron_jax.partition.parameters import Storage
 from galvatron_jax.partition.ports import Ports
-from galvatron_jax.partition.setting import DearChoice, Setting
+from galvatron_jax.partition.setting import DearChoice, DearRows, Setting
 from galvatron_jax.partition.static import StaticKind
 from galvatron_jax.partition.strategy_axes import plan_axes
 from galvatron_jax.spec.strategy import LayerStrategy
@@ -85,11 +86,14 @@ class Agreement:
         known, dear = self._checked.get(microbatch, 0), self.setting.dear
         if known >= 0:
             sizes = self._sizes(microbatch)
-            holds = all(_holds(choice, sizes) for choice in dear[known:])
+            holds = all(still_chosen(choice, sizes) for choice in dear[known:])
             self._checked[microbatch] = known = len(dear) if holds else -1
         return known >= 0
 
 
-def _holds(choice: DearChoice, sizes: tuple[int, ...]) -> bool:
-    there = Choice(choice.setting.elsewhere(sizes), choice.op, choice.states)
-    return there.cheapest(choice.axis, choice.chosen)[0] is choice.factor
+def still_chosen(choice: DearChoice | DearRows, sizes: tuple[int, ...]) -> bool:
+    """Whether what was chosen at a cost would be chosen at other sizes in the same setting."""
+    if isinstance(choice, DearRows):
+        return works_on_stored_rows(choice, sizes) is choice.sharded
+    setting = choice.setting if sizes == choice.setting.sizes else choice.setting.elsewhere(sizes)
+    return Choice(setting, choice.op, choice.states).cheapest(choice.axis, choice.chosen)[0] is choice.factor

@@ -117,6 +117,15 @@ def all_sent(tallies: Iterable[Tally]) -> tuple[Sent, ...]:
     return tuple([sent for tally in tallies for sent in tally.sent])
 
 
+def sent_bytes(tallies: Iterable[Tally]) -> float:
+    """Bytes that one device sends (ring algorithms; Patarasuk & Yuan, 2009)."""
+    total = 0.0
+    for one, _ in all_sent(tallies):
+        passes = 2.0 if one.kind is CollectiveKind.ALL_REDUCE else 1.0
+        total += passes * one.bytes * (one.group_size - 1) / one.group_size
+    return total
+
+
 def largest(amounts: Iterable[Amount]) -> tuple[Amount, ...]:
     """Those that are larger than each other one at some micro-batch, at least."""
     kept: list[Amount] = []

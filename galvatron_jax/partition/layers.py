@@ -301,20 +301,25 @@ class Context(Placement):
 
     def passes(self, zero: int, remat: Remat) -> Passes:
         """Both passes. ZeRO 0 and 1 keep gradients as they are made, 2 scatters them, 3 gathers parameters as well."""
-        through = self.through(remat, sharded=zero == 3)
         key = scatter, repeats = zero >= 2, remat is not Remat.NONE
+        through = self.through(remat, sharded=zero == 3, scatter=scatter)
         if key not in through.passes:
             through.passes[key] = self._hand_over(through, sharded=zero == 3, scatter=scatter, repeats=repeats)
         return through.passes[key]
 
-    def through(self, remat: Remat, *, sharded: bool) -> Through:
-        """Both passes but for what happens to gradients at the end, parameters stored sharded or not."""
+    def through(self, remat: Remat, *, sharded: bool, scatter: bool) -> Through:
+        """Both passes but for what happens to gradients at the end, parameters stored sharded or not.
+
+        Gradients of tables may be made scattered if they are to be.
+        """
         parts, keep_all = split(self.static, remat), remat is Remat.NONE
-        key = parts.key, sharded, keep_all and bool(parts.saved)
+        homes = self.storage.homes if scatter else {}
+        key = parts.key, sharded, keep_all and bool(parts.saved), bool(homes)
         if key not in self._throughs:
             forward, counts = self._forward(parts, sharded=sharded)
             done = forward.length
             backward, versions = self._start_backward(forward, parts.saved, sharded, keep_all=keep_all)
+            backward.homes = homes
             backward.run(parts.backward)
             if forward.length > done:
                 counts = forward.counts(len(parts.forward))

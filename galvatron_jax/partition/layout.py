@@ -7,6 +7,7 @@ at a *position* (the flat index of one of the value's factors), nowhere, or pend
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -69,6 +70,16 @@ class Step:
     """Position that becomes (further) sharded."""
     join: int = -1
     """Position that becomes whole (or less sharded)."""
+
+
+def step_bytes(step: Step, itemsize: int) -> float:
+    """Bytes that one device sends in a step (ring algorithms; Patarasuk & Yuan, 2009)."""
+    local, n = math.prod(step.shape) * itemsize, step.size
+    return {
+        StepKind.SLICE: 0.0,
+        StepKind.ALL_GATHER: local * (n - 1),
+        StepKind.ALL_REDUCE: 2.0 * local * (n - 1) / n,
+    }.get(step.kind, local * (n - 1) / n)
 
 
 @dataclass(frozen=True)

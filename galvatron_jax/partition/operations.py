@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from galvatron_jax.partition.choice import Choice, is_indexed, makes_summands
-from galvatron_jax.partition.counts import NONE, Amount, Tally, combined
+from galvatron_jax.partition.counts import NONE, Amount, Tally, combined, sent_bytes
 from galvatron_jax.partition.instructions import Apply, Decision, IndexShift, Instruction, Version
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, names_at
-from galvatron_jax.partition.setting import DearChoice, Held, Keep, Outcome, Setting, Work
+from galvatron_jax.partition.lookups import WHOLE, Home, ShardedRows, sharded_rows
+from galvatron_jax.partition.setting import DearChoice, DearRows, Held, Keep, Outcome, Setting, Work
 from galvatron_jax.partition.static import StaticFactor, StaticOp
 
 _RESHAPES = frozenset({"reshape", "squeeze", "expand_dims", "transpose"})
 
 
+Rows = Mapping[int, Sequence[StaticFactor]]
+
+
 def plan_operation(
-    setting: Setting, op: StaticOp, states: tuple[Held, ...], rows: Mapping[int, Sequence[StaticFactor]]
+    setting: Setting, op: StaticOp, states: tuple[Held, ...], rows: Rows, home: Home | None = None
 ) -> Outcome:
     """Plans an operation that is no loop.
 
@@ -24,8 +28,12 @@ def plan_operation(
         op: the operation.
         states: of its operands.
         rows: per axis, the factors of what a scatter into zeros makes, where it shards them elsewhere.
+        home: for what makes a parameter's gradient, where that is to end up; None where it may stay as it is made.
     """
     draft = Draft(setting, op, states)
+    parts = sharded_rows(setting, op, states, home) if op.looks_up or home is not None else None
+    if parts is not None:
+        return _cheaper(draft, rows, parts, home)
     if op.primitive == "broadcast_in_dim" and draft.broadcast():
         return draft.outcome()
     if op.primitive in _RESHAPES and draft.lazy_reshape():
@@ -35,6 +43,28 @@ def plan_operation(
     else:
         draft.apply(rows)
     return draft.outcome()
+
+
+def _cheaper(whole: Draft, rows: Rows, parts: ShardedRows, home: Home | None) -> Outcome:
+    """The operation on stored rows where that moves fewer bytes, else on what it needs whole."""
+    setting, op, states = whole.setting, whole.op, whole.states
+    sharded = Draft(setting, op, states)
+    sharded.apply(rows, parts)
+    if not parts.settled:
+        return sharded.outcome()
+    whole.apply(rows)
+    pays = sent_bytes(sharded.tallies) < sent_bytes(whole.tallies) + parts.spared_bytes
+    setting.dear.append(DearRows(setting, op, states, (rows, home), pays))
+    return (sharded if pays else whole).outcome()
+
+
+def works_on_stored_rows(planned: DearRows, sizes: tuple[int, ...]) -> bool:
+    """Whether an operation would work on stored rows at other sizes."""
+    there = planned.setting.elsewhere(sizes)
+    begin = len(there.dear)
+    plan_operation(there, planned.op, planned.states, *planned.about)
+    found = [each for each in there.dear[begin:] if isinstance(each, DearRows)]
+    return found[0].sharded if found else False
 
 
 class Draft:
@@ -47,11 +77,14 @@ class Draft:
         self.instructions: list[Instruction] = []
         self.tallies: list[Tally] = []
         self.decisions: list[Decision] = []
+        self.dear: list[DearChoice] = []
         self.flops: Amount = NONE
         self.work: tuple[Work, ...] = ()
+        self.parts = WHOLE
 
     def outcome(self) -> Outcome:
         """What has changed, and what was recorded."""
+        self.setting.dear += self.dear
         return Outcome(
             self.changed,
             tuple(self.instructions),
@@ -65,11 +98,14 @@ class Draft:
     def convert(self, value: int, target: Layout) -> Version:
         """A version of an operand in a layout."""
         outcome, version = self.setting.convert(value, self.held[value], target)
+        self._take(outcome)
+        return value, version
+
+    def _take(self, outcome: Outcome) -> None:
         self.held.update(outcome.held)
         self.changed.update(outcome.held)
         self.instructions += outcome.instructions
         self.tallies += outcome.tallies
-        return value, version
 
     def hold(
         self, value: int, layout: Layout, *, lazy: frozenset[int] = frozenset(), zero: bool = False
@@ -88,13 +124,20 @@ class Draft:
 
     # ------------------------------------------------------------------------------------------ factors
 
-    def apply(self, rows: Mapping[int, Sequence[StaticFactor]]) -> None:
-        """Chooses a factor per axis, converts the operands and records the results."""
-        op, states = self.op, self.states
+    def apply(self, rows: Rows, parts: ShardedRows = WHOLE) -> None:
+        """Chooses a factor per axis, converts the operands and records the results.
+
+        Args:
+            rows: as for `plan_operation`.
+            parts: what is chosen already, where the operation works on stored rows.
+        """
+        op, states, self.parts = self.op, self.states, parts
         choice = Choice(self.setting, op, states)
-        chosen: dict[int, StaticFactor] = {}
+        chosen: dict[int, StaticFactor] = dict(parts.rows)
         kept: set[int] = set()
         for axis, places in enumerate(zip(*(state.layouts[0] for state in states), strict=True)):
+            if axis in parts.rows or axis in parts.settled:
+                continue
             if places.count(NOWHERE) == len(places):
                 for factor in rows.get(axis, ()):
                     if choice.fits(factor, axis, chosen):
@@ -108,7 +151,7 @@ class Draft:
                 number = None if factor is None else factor.factor
                 self.decisions.append(Decision(op.index, op.primitive, axis, number, cost))
                 if self.setting.keep is not Keep.STEPS:
-                    self.setting.dear.append(DearChoice(self.setting, op, states, axis, dict(chosen), factor))
+                    self.dear.append(DearChoice(self.setting, op, states, axis, dict(chosen), factor))
             if factor is not None:
                 chosen[axis] = factor
         wanted = [self._operand_layout(n, chosen, kept) for n in range(len(states))]
@@ -149,7 +192,9 @@ class Draft:
         for axis, factor in chosen.items():
             layout[axis] = factor.results[result]
         for axis in pending:
-            layout[axis] = PENDING
+            # Rows looked up where they are stored are summands over the data axis that is the same devices.
+            mirror = self.setting.axes[axis].mirror if axis in self.parts.rows else None
+            layout[axis if mirror is None else mirror] = PENDING
         return tuple(layout)
 
     # ------------------------------------------------------------------------------------------ results
@@ -165,7 +210,7 @@ class Draft:
         setting, op = self.setting, self.op
         lazy = self._lazy_result() if op.elementwise else frozenset()
         made = list(zip(op.results, layouts, strict=True))
-        results = tuple([self.hold(value, layout, lazy=lazy) for value, layout in made])
+        results = tuple([self._hold_result(value, layout, lazy) for value, layout in made])
         if setting.keep is Keep.INSTRUCTIONS:
             self.instructions.append(
                 Apply(
@@ -178,12 +223,22 @@ class Draft:
             )  # fmt: skip
         if setting.keep is not Keep.STEPS:
             self.count(operands, results, names)
+        if self.parts.spreads:
+            self._take(setting.settle(op.results[0], self.held[op.results[0]]))
         if op.flops:
             flops, grows = setting.points(op)
             for axis in chosen:
                 flops /= setting.axis_sizes[axis]
             self.flops = (0.0, flops) if grows else (flops, 0.0)
             self.work = ((op.index, tuple(chosen)),)
+
+    def _hold_result(self, value: int, layout: Layout, lazy: frozenset[int]) -> Version:
+        """A result as it is made; summands of looked-up rows count as made where they are then spread."""
+        if not self.parts.spreads:
+            return self.hold(value, layout, lazy=lazy)
+        spread = tuple(self.parts.settled.get(axis, place) for axis, place in enumerate(layout))
+        self.held[value] = self.changed[value] = self.setting.state((spread, layout), lazy=lazy)
+        return value, 1
 
     def count(self, operands: tuple[Version, ...], results: tuple[Version, ...], names: tuple[str, ...] = ()) -> None:
         """Notes what an application counts for.

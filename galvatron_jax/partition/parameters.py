@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from galvatron_jax.partition.counts import collectives
 from galvatron_jax.partition.layer_plan import BoundarySpec, ParameterPlan
@@ -19,6 +20,7 @@ from galvatron_jax.partition.layout import (
     names_at,
     order_at,
 )
+from galvatron_jax.partition.lookups import Home
 from galvatron_jax.partition.static import StaticKind
 from galvatron_jax.partition.strategy_axes import SMALL_PARAMETER_ELEMENTS, AxisPlan, parameter_layout
 
@@ -65,6 +67,17 @@ class Storage:
             if room:
                 layout[index] = -max(room)[2]
         return tuple(layout)
+
+    @cached_property
+    def homes(self) -> dict[int, Home]:
+        """For operations that make the gradients of tables of rows, where these are to end up under ZeRO 2 and 3."""
+        found = {}
+        for op, port in self.static.table_gradients.items():
+            value, gradient = self.static.kind.inputs[port].value, self.static.kind.inputs[port].gradient
+            layout = self.layout(value, sharded=True)
+            if gradient is not None and layout != self.layout(value, sharded=False):
+                found[op] = Home(layout, self.program.itemsize[gradient])
+        return found
 
     def scattered(self, value: int, layout: Layout) -> Layout:
         """A gradient's layout once its data-parallel sums are spread over ZeRO's axes."""

@@ -7,13 +7,14 @@ Megatron's tensor and sequence parallelism, Ulysses, vocabulary-, context- and e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import chain
 
 from galvatron_jax.partition.counts import NONE, Amount, Counts, Tally, all_sent
 from galvatron_jax.partition.instructions import Convert, Decision, Instruction, Loop, Version
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Role, Step
+from galvatron_jax.partition.lookups import Home
 from galvatron_jax.partition.operations import Draft, plan_operation
 from galvatron_jax.partition.outline import Forms
 from galvatron_jax.partition.setting import Held, Keep, Outcome, Setting, Work
@@ -27,12 +28,14 @@ class Pass:
         """A pass that shares what is planned in a setting with others."""
         self.setting = setting
         self.held: dict[int, Held] = setting.initial()
+        self.homes: Mapping[int, Home] = {}
+        """By operation, where gradients are to end up that it may make there."""
         self._outcomes: list[Outcome] = []
 
     def fork(self) -> Pass:
         """A pass that goes on from here by itself."""
         other = Pass(self.setting)
-        other.held, other._outcomes = dict(self.held), list(self._outcomes)
+        other.held, other.homes, other._outcomes = dict(self.held), self.homes, list(self._outcomes)
         return other
 
     @property
@@ -122,14 +125,15 @@ class Pass:
 
     def run(self, operations: Iterable[StaticOp]) -> None:
         """Plans operations in order; what the setting knows is not planned again."""
-        held, outcomes, done = self.held, self.setting.outcomes, self._outcomes
+        held, outcomes, done, homes = self.held, self.setting.outcomes, self._outcomes, self.homes
         for op in operations:
             states: tuple = tuple([held[value] for value in op.operands])
             rows = self._scatter_rows(op, states) if op.scatter_rows or op.scatter_alike else {}
-            key = (*states, *rows.items()) if rows else states
+            home = homes.get(op.index) if homes else None
+            key = (*states, *rows.items(), home) if rows or home is not None else states
             outcome = outcomes[op.index].get(key)
             if outcome is None:
-                outcome = outcomes[op.index][key] = self._plan(op, states, rows)
+                outcome = outcomes[op.index][key] = self._plan(op, states, rows, home)
             held.update(outcome.held)
             done.append(outcome)
 
@@ -137,12 +141,18 @@ class Pass:
         self.held.update(outcome.held)
         self._outcomes.append(outcome)
 
-    def _plan(self, op: StaticOp, states: tuple[Held, ...], rows: dict[int, tuple[StaticFactor, ...]]) -> Outcome:
+    def _plan(
+        self,
+        op: StaticOp,
+        states: tuple[Held, ...],
+        rows: dict[int, tuple[StaticFactor, ...]],
+        home: Home | None,
+    ) -> Outcome:
         if op.loop is not None and op.body is not None:
             planned = _LoopPlan(self.setting, op, op.loop, op.body, states).plan()
             if planned is not None:
                 return planned
-        return plan_operation(self.setting, op, states, rows)
+        return plan_operation(self.setting, op, states, rows, home)
 
     def _scatter_rows(self, op: StaticOp, states: Sequence[Held]) -> dict[int, tuple[StaticFactor, ...]]:
         """Factors of what a scatter into zeros makes (an embedding's gradient, the logits').

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from galvatron_jax.partition.choice import Choice
+from galvatron_jax.partition.agreement import still_chosen
 from galvatron_jax.partition.counts import Amount, Counts, Sent, Tally, collectives, combined, largest
 from galvatron_jax.partition.instructions import Version
 from galvatron_jax.partition.layout import Role, convert
@@ -59,10 +59,7 @@ class Scaled:
         choices, picks = self.model.setting.dear, self.model.picks
         for choice in choices[self._choices :]:
             here = choice._replace(setting=self.setting)
-            if (
-                Choice(self.setting, choice.op, choice.states).cheapest(choice.axis, choice.chosen)[0]
-                is not choice.factor
-            ):
+            if not still_chosen(here, self.setting.sizes):
                 return False
             self.setting.dear.append(here)
         for pick in picks[self._picks :]:
@@ -115,8 +112,12 @@ def structure(place: Placement) -> tuple | None:
     None for programs with loops, whose bodies are planned as often as it takes, and where too many axes may shard one
     factor to look at all their sets.
     """
-    axes, allowed = place.axes.axes, place.axes.allowed
-    sharing = {f: [a for a, factors in enumerate(allowed) if f in factors] for f in frozenset().union(*allowed)}
+    axes, allowed, rows = place.axes.axes, place.axes.allowed, place.program.stored_rows
+    stores = place.axes.of(Role.STORAGE)
+    sharing = {
+        f: [a for a, factors in enumerate(allowed) if f in factors or (a in stores and f in rows)]
+        for f in rows.union(*allowed)
+    }
     if max(map(len, sharing.values()), default=0) > MAX_SHARING or any(op.loop for op in place.program.operations):
         return None
     room = []

@@ -79,6 +79,17 @@ class DearChoice(NamedTuple):
     factor: StaticFactor | None
 
 
+class DearRows(NamedTuple):
+    """Whether an operation works on stored rows, and what that depends on."""
+
+    setting: Setting
+    op: StaticOp
+    states: tuple[Held, ...]
+    about: tuple
+    """What else `plan_operation` was told."""
+    sharded: bool
+
+
 class Setting:
     """A program at given sizes under given logical axes."""
 
@@ -91,7 +102,7 @@ class Setting:
         *,
         growing: frozenset[int] = frozenset(),
         keep: Keep = Keep.INSTRUCTIONS,
-        dear: list[DearChoice] | None = None,
+        dear: list[DearChoice | DearRows] | None = None,
         outlines: Outlines | None = None,
     ) -> None:
         """Nothing is planned yet.
@@ -117,7 +128,7 @@ class Setting:
         self._bodies: dict[int, Setting] = {}
         self.moves: dict[tuple[int, Held, Layout], tuple[Outcome, int]] = {}
         """Conversions by value, state and target, with the version that each makes."""
-        self.dear: list[DearChoice] = [] if dear is None else dear
+        self.dear: list[DearChoice | DearRows] = [] if dear is None else dear
         """What was chosen at a cost, in loops too: at another micro-batch it may not be the cheapest. Not noted where
         conversions and FLOPs alone are kept."""
         self.outlines = Outlines() if outlines is None else outlines
@@ -256,14 +267,23 @@ class Setting:
             return NOTHING, held.layouts.index(layout)
         return self._version(value, held, 0, layout, ())
 
+    def settle(self, value: int, held: Held) -> Outcome:
+        """Makes a value's first version from its second, in which it is computed."""
+        first, second = held.layouts
+        return self._step(value, held, 1, 0, tuple(convert(self.axes, self.frame(value, held.lazy), second, first)))
+
     def _version(self, value: int, held: Held, source: int, target: Layout, steps: tuple) -> tuple[Outcome, int]:
         after = self.state((*held.layouts, target), lazy=held.lazy, zero=held.zero)
         version = len(held.layouts)
+        return self._step(value, after, source, version, steps), version
+
+    def _step(self, value: int, held: Held, source: int, target: int, steps: tuple) -> Outcome:
+        """One version of a value made from another, both among those held."""
         made = () if self.keep is Keep.COUNTS else (
-            Convert(value, source, version, steps, self.local_shape(value, target, held.lazy)),
+            Convert(value, source, target, steps, self.local_shape(value, held.layouts[target], held.lazy)),
         )  # fmt: skip
-        tallies = () if self.keep is Keep.STEPS else (self._tally(value, after, source, version, steps),)
-        return Outcome({value: after}, made, tallies, form=self.outlines.number(tallies)), version
+        tallies = () if self.keep is Keep.STEPS else (self._tally(value, held, source, target, steps),)
+        return Outcome({value: held}, made, tallies, form=self.outlines.number(tallies))
 
     def _tally(self, value: int, held: Held, source: int, target: int, steps: Sequence[Step]) -> Tally:
         """A conversion counts its collectives; slices alone fuse with what reads them."""

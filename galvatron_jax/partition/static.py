@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -73,6 +75,8 @@ class StaticOp:
     """For a scatter-add, the factors of the dims that it treats alike."""
     place: Where = Where.WHOLE
     """Where its result lies."""
+    looks_up: bool = False
+    """Whether it gathers from what nothing else reads and no example changes."""
 
 
 _SEEN = frozenset({"reshape", "squeeze", "expand_dims", "transpose", "copy", "stop_gradient"})
@@ -104,6 +108,14 @@ class StaticProgram:
     def row_factors(self) -> frozenset[int]:
         """Factors of the rows that some scatter-add adds into."""
         return frozenset(f.factor for op in self.operations for f in op.scatter_rows)
+
+    @cached_property
+    def stored_rows(self) -> frozenset[int]:
+        """Factors of rows that lookups read, or gradients are added to, where they may be stored."""
+        looked_up = (
+            f.factor for op in self.operations if op.looks_up for f in op.factors if f.kind is FactorKind.INDEX
+        )
+        return self.row_factors.union(looked_up)
 
     def sizes(self, batch_factor: int | None, microbatch: int, traced_at: int) -> tuple[int, ...]:
         """Sizes of all factors at another micro-batch."""
@@ -141,6 +153,8 @@ def prepare(program: Program) -> StaticProgram:
     def flat_place(value: int, place: Place | Sequence[int] | None) -> int:
         return -1 if place is None else offsets[value][place[0]] + place[1]
 
+    has_batch = tuple(any(roles[f] is FactorRole.BATCH for f in flat) for flat in positions)
+    readers = _readers(program)
     operations = []
     for index, op in enumerate(program.operations):
         factors = tuple(
@@ -161,6 +175,7 @@ def prepare(program: Program) -> StaticProgram:
                 _scattered(op.primitive, factors, FactorKind.SCATTER_INDEX),
                 _scattered(op.primitive, factors, FactorKind.PARALLEL),
                 _place(op, factors, positions),
+                op.primitive == "gather" and readers[op.operands[0]] == 1 and not has_batch[op.operands[0]],
             )
         )  # fmt: skip
     return StaticProgram(
@@ -170,10 +185,15 @@ def prepare(program: Program) -> StaticProgram:
         rank=tuple(len(v.dims) for v in program.values),
         itemsize=tuple(itemsize(v.dtype) for v in program.values),
         ascending=tuple(tuple(roles[f] is FactorRole.BATCH for f in flat) for flat in positions),
-        has_batch=tuple(any(roles[f] is FactorRole.BATCH for f in flat) for flat in positions),
+        has_batch=has_batch,
         operations=tuple(operations),
         roles=roles,
     )
+
+
+def _readers(program: Program) -> Counter[int]:
+    """How often each value is read or handed out."""
+    return Counter(chain(program.outputs, *(op.operands for op in program.operations)))
 
 
 def _asks(
@@ -235,6 +255,9 @@ class StaticKind:
     """Values that depend on parameters and constants alone: never worth keeping."""
     producer: dict[int, int]
     """Operation that makes each value."""
+    table_gradients: dict[int, int]
+    """Per operation, the port of the parameter whose gradient it makes: by adding up rows, or of such a sum another
+    type."""
     memo: Memo = field(default_factory=Memo, repr=False)
     """What was planned before."""
 
@@ -280,7 +303,25 @@ def _prepare_kind(kind: LayerKind) -> StaticKind:
         gradient_operations=frozenset(gradient),
         fixed=frozenset(fixed),
         producer=producer,
+        table_gradients=_table_gradients(kind, program.operations, producer),
     )
+
+
+def _table_gradients(kind: LayerKind, operations: Sequence[StaticOp], producer: dict[int, int]) -> dict[int, int]:
+    readers, found = _readers(kind.program), {}
+    for index, port in enumerate(kind.inputs):
+        if port.role is not PortRole.PARAMETER or port.gradient is None:
+            continue
+        made, value = [], port.gradient
+        while value in producer and readers[value] == 1:
+            op = operations[producer[value]]
+            made.append(op.index)
+            if op.primitive != "convert_element_type":
+                break
+            value = op.operands[0]
+        if made and operations[made[-1]].scatter_rows:
+            found.update(dict.fromkeys(made, index))
+    return found
 
 
 _PREPARED: dict[int, StaticKind] = {}

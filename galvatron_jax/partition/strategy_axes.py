@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from galvatron_jax.partition.choice import KEEP_TENSOR_SHARDS
-from galvatron_jax.partition.layout import NOWHERE, Axis, Layout, Role, Step, StepKind
+from galvatron_jax.partition.layout import NOWHERE, Axis, Layout, Role, StepKind, step_bytes
 from galvatron_jax.partition.planner import Pass, steps_of
 from galvatron_jax.partition.setting import Keep, Setting
 from galvatron_jax.partition.static import StaticKind
@@ -243,16 +243,6 @@ def _option_cost(
         for value, step in steps_of(planner.instructions)
     )
     return sum(planner.flops), sent
-
-
-def step_bytes(step: Step, itemsize: int) -> float:
-    """Bytes that one device sends in a step (ring algorithms; Patarasuk & Yuan, 2009)."""
-    local, n = math.prod(step.shape) * itemsize, step.size
-    return {
-        StepKind.SLICE: 0.0,
-        StepKind.ALL_GATHER: local * (n - 1),
-        StepKind.ALL_REDUCE: 2.0 * local * (n - 1) / n,
-    }.get(step.kind, local * (n - 1) / n)
 
 
 def parameter_layout(static: StaticKind, value: int, plan: AxisPlan) -> Layout:

@@ -26,6 +26,7 @@ def _case(name: str, module: ModuleType, model: type, **overrides: Any) -> Model
 CASES = [
     _case("gpt2", gpt2, gpt2.GPT2, tie_embeddings=False),
     _case("gpt2_tied_dropout", gpt2, gpt2.GPT2, dropout=0.1),
+    _case("gpt2_large_vocabulary", gpt2, gpt2.GPT2, vocab_size=2048, tie_embeddings=True),
     _case("llama", llama, llama.Llama, num_kv_heads=8),
     _case("llama_tp_over_kv", llama, llama.Llama, num_kv_heads=2),
     _case("bert", bert, bert.Bert),

@@ -52,12 +52,15 @@ CYCLES: dict[str, tuple[LayerStrategy, ...]] = {
     "tp4": (plain(dp="a", tp="bc"),),
     "zero3": (plain(dp="abc", zero=3),),
     "tp2-everywhere": (plain(dp="ab", tp="c"),),
+    "zero2-tp2": (plain(dp="ab", tp="c", zero=2),),
+    "zero3-ulysses": (ulysses("bc", dp="a", zero=3, remat="full"), megatron("bc", dp="a", zero=3)),
     "zero3-full": (plain(dp="abc", zero=3, remat="full"),),
 }
 """Strategies that the layers of a model take in turn, over a mesh of three axes of two devices."""
 
 PLANS: dict[str, tuple[str, ...]] = {
     "gpt2": ("tp4-zero3", "megatron-ulysses-dp", "zeros", "remats", "ulysses-with-tp", "dp8"),
+    "gpt2_large_vocabulary": ("zero3", "zero2-tp2", "zero3-ulysses", "zero3-full"),
     "gpt2_tied_dropout": ("tp4-zero3", "megatron-ulysses-dp", "zeros", "remats"),
     "llama": ("megatron-ulysses-dp", "zeros", "tp4-zero3", "remats", "zero3-full"),
     "llama_tp_over_kv": ("tp8", "tp4-zero3", "megatron-ulysses-dp", "ulysses-with-tp"),
@@ -88,7 +91,7 @@ PLANS: dict[str, tuple[str, ...]] = {
 ACCUMULATED = {
     ("gpt2_tied_dropout", "zeros"), ("llama", "zeros"), ("bert", "tp4-zero3"), ("swin", "tp4-zero3"),
     ("t5", "zeros"), ("batchnorm_net", "zeros"), ("gpt2", "zeros"), ("gpt2", "dp8"),
-    ("nnx_scan_gpt", "zeros"), ("linen_vit", "zeros"), ("moe", "zeros"),
+    ("nnx_scan_gpt", "zeros"), ("linen_vit", "zeros"), ("moe", "zeros"), ("gpt2_large_vocabulary", "zero2-tp2"),
 }  # fmt: skip
 """What also runs with four micro-batches."""
 
@@ -96,7 +99,7 @@ SAMPLE = {
     ("gpt2", "megatron-ulysses-dp", 1), ("gpt2_tied_dropout", "zeros", 4), ("llama_tp_over_kv", "tp8", 1),
     ("bert", "tp4-zero3", 4), ("t5", "megatron-ulysses-dp", 1), ("mamba", "tp4-zero3", 1),
     ("batchnorm_net", "zeros", 4), ("linen_vit", "zeros", 1), ("nnx_scan_gpt", "tp4-zero3", 1),
-    ("moe", "remats", 1),
+    ("moe", "remats", 1), ("gpt2_large_vocabulary", "zero3-ulysses", 1), ("gpt2_large_vocabulary", "zero2-tp2", 4),
 }  # fmt: skip
 """What runs without `slow`."""
 
