@@ -52,7 +52,7 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
     return seen
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "moe", "vit", "swin"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt2_large_vocabulary", "llama", "t5", "moe", "vit", "swin"])
 def test_passes_that_are_followed_are_those_planned_by_themselves(
     family: str, monkeypatch: pytest.MonkeyPatch, followed: Counter[bool]
 ) -> None:
