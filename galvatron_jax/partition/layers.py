@@ -16,6 +16,7 @@ from galvatron_jax.partition.placement import Counted, Placement
 from galvatron_jax.partition.planner import Pass
 from galvatron_jax.partition.remat import Split, split
 from galvatron_jax.partition.scaled import Pick, Recipes, Scaled, alike, structure
+from galvatron_jax.partition.scatters import scattered_late
 from galvatron_jax.partition.series import LayerSeries
 from galvatron_jax.partition.setting import Held, Keep
 from galvatron_jax.partition.static import StaticKind, prepare_kind
@@ -50,6 +51,8 @@ class LocalPlan:
     """Per parameter port: steps from the optimizer's layout back to storage, after the update."""
     backward_reads: frozenset[int]
     """Input ports that the backward program reads."""
+    scattered_at_once: frozenset[int]
+    """Parameter ports whose gradients are scattered before the next layer works; see `partition.scatters`."""
     held: Mapping[str, Mapping[int, Held]]
     """Per phase and value, its layouts by version."""
 
@@ -173,8 +176,8 @@ class About(NamedTuple):
     at_once: frozenset[Version]
     in_a_row: InARow | None
     """With forward, where the layer ends in the loss."""
-    unscattered: tuple[int, ...]
-    """Parameters' gradients that leave scattered."""
+    scattered: tuple[tuple[int, int], ...]
+    """Ports of parameters whose gradients leave scattered, with these, in the order in which they are made."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +192,7 @@ class Passes:
     output_versions: tuple[Version, ...]
     gradient_versions: tuple[Version, ...]
     backward_reads: frozenset[int]
+    scattered_at_once: frozenset[int]
     about: About
 
     def residuals(self) -> tuple[Residual, ...]:
@@ -293,7 +297,7 @@ class Context(Placement):
             gradient_versions=passes.gradient_versions, gradient_layouts=passes.counted.gradient_layouts,
             sync={i: parameter.sync for i, parameter in stored.items()},
             publish={i: parameter.publish for i, parameter in stored.items()},
-            backward_reads=passes.backward_reads,
+            backward_reads=passes.backward_reads, scattered_at_once=passes.scattered_at_once,
             held={"forward": passes.forward.held, "backward": passes.backward.held},
         )  # fmt: skip
 
@@ -397,11 +401,13 @@ class Context(Placement):
             given=self._given(through, repeats=repeats),
             at_once=weights,
             in_a_row=InARow(forward, backward, onward) if ends else None,
-            unscattered=tuple([value for value, _ in weights]) if scatter else (),
+            scattered=self._gradients_as_made() if scatter else (),
         )
+        sizes = {port: int(backward.local_bytes(gradient)) for port, gradient in about.scattered}
+        late = scattered_late(sizes)
         counts = replace(
             backward.counts(through.operations, onward, about.given, weights),
-            unscattered_bytes=int(sum(backward.local_bytes(gradient) for gradient in about.unscattered)),
+            unscattered_bytes=sum([sizes[port] for port in late]),
             through_peaks=about.in_a_row.peaks() if about.in_a_row is not None else (),
         )
         kept = tuple(
@@ -443,6 +449,7 @@ class Context(Placement):
             output_versions=self._output_versions(forward),
             gradient_versions=gradients,
             backward_reads=reads,
+            scattered_at_once=frozenset(sizes) - late,
             about=about,
         )
 
@@ -467,6 +474,11 @@ class Context(Placement):
             ],
         ]
         return [Tally((), ((version, size, grows),), False, NONE, place=where) for version, size, grows, where in found]
+
+    def _gradients_as_made(self) -> tuple[tuple[int, int], ...]:
+        """Parameters' ports with their gradients, in the order in which backward makes these."""
+        made = sorted((gradient, i) for i, port, gradient in self.gradients if port.role is PortRole.PARAMETER)
+        return tuple([(i, gradient) for gradient, i in made])
 
     def _output_versions(self, forward: Pass) -> tuple[Version, ...]:
         """Versions in which forward hands out the layer's outputs: they are there."""

@@ -7,7 +7,7 @@ follows from the sizes of what they handle: no operation is looked at again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +20,7 @@ from galvatron_jax.partition.layout import Role, convert
 from galvatron_jax.partition.liveness import Lifetimes, Named
 from galvatron_jax.partition.placement import Counted, Placement
 from galvatron_jax.partition.planner import Pass
+from galvatron_jax.partition.scatters import scattered_late
 from galvatron_jax.partition.setting import Held, Setting
 from galvatron_jax.spec.strategy import Remat
 
@@ -287,8 +288,8 @@ class _Phase:
     """At the sizes planned."""
     through: _Program | None = None
     """Behind forward, where the layer ends in the loss."""
-    unscattered: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    """Measures of parameters' gradients that leave scattered."""
+    scattered: Mapping[int, int] = field(default_factory=dict)
+    """Measures of parameters' gradients that leave scattered, by port, in the order in which they are made."""
 
     def at(self, sizes: np.ndarray, messages: Callable[[_Message], tuple[Sent, ...]]) -> Counts:
         """The counts at other sizes."""
@@ -302,8 +303,12 @@ class _Phase:
             operations=self.counts.operations,
             read=self.counts.read,
             through_peaks=largest(self.through.peaks(sizes)) if self.through is not None else (),
-            unscattered_bytes=int(sizes[self.unscattered].sum()),
+            unscattered_bytes=self._unscattered_bytes(sizes),
         )
+
+    def _unscattered_bytes(self, sizes: np.ndarray) -> int:
+        gradients = {port: int(sizes[measure]) for port, measure in self.scattered.items()}
+        return sum([gradients[port] for port in scattered_late(gradients)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,13 +362,13 @@ class Recipes:
     def _backward(self, passes: Passes) -> _Phase:
         forward, backward, about = passes.forward, passes.backward, passes.about
         phase = self._phase(backward, passes.counted.counts[1], about.given, about.handed_on, about.at_once)
-        unscattered = [self.measures.value(value, backward.held[value], 0) for value in about.unscattered]
+        scattered = {port: self.measures.value(value, backward.held[value], 0) for port, value in about.scattered}
         through = None
         if about.in_a_row is not None:
             pair = about.in_a_row
             made = self._made(forward, forward.tallies) + self._made(backward, backward.tallies)
             through = _Program.of(pair.tallies, made, pair.lifetimes, pair.named)
-        return replace(phase, through=through, unscattered=np.array(unscattered, np.int64))
+        return replace(phase, through=through, scattered=scattered)
 
     def _phase(
         self,
