@@ -130,9 +130,11 @@ def plan_series(
         Series that cover all of them, each once, in ascending order.
     """
     context = _context(kind, strategy, mesh, microbatch=microbatches[-1], traced_at=model_microbatch, keep=Keep.COUNTS)
-    series = context.series(strategy.zero, context.counted(strategy.zero, strategy.remat), microbatches)
+    # What was planned before may tell that the range is too wide.
     if context.agreement.holds(microbatches):
-        return (series,)
+        series = context.series(strategy.zero, context.counted(strategy.zero, strategy.remat), microbatches)
+        if context.agreement.holds(microbatches):
+            return (series,)
     half = len(microbatches) // 2
     return tuple(
         series
@@ -149,23 +151,12 @@ def _context(
 
     def make() -> Context:
         context = Context(static, strategy, mesh, microbatch=microbatch, traced_at=traced_at, keep=keep)
-        if keep is Keep.COUNTS:
-            _find_model(context)
+        key = structure(context) if keep is Keep.COUNTS else None
+        if key is not None:
+            context.among(static.memo.models.get(key, list))
         return context
 
     return static.memo.contexts.get((axes, tuple(mesh.items()), microbatch, traced_at, keep), make)
-
-
-def _find_model(context: Context) -> None:
-    """Lets a context follow one that was planned before, or others follow it."""
-    key = structure(context)
-    if key is not None:
-        models: list[Context] = context.static.memo.models.get(key, list)
-        model = next((model for model in models if alike(model, context)), None)
-        if model is not None:
-            context.follow(model)
-        else:
-            models.append(context)
 
 
 class About(NamedTuple):
@@ -239,6 +230,9 @@ class Context(Placement):
         super().__init__(static, strategy, mesh, microbatch=microbatch, traced_at=traced_at, keep=keep)
         self.picks: list[Pick] = []
         """Versions picked for their size, to go on with in backward."""
+        self._models: list[Context] = []
+        """Of its structure; others are added."""
+        self._tried = 0
         self._scaled: Scaled | None = None
         self._forwards: dict[tuple, tuple[Pass, Counts]] = {}
         self._throughs: dict[tuple, Through] = {}
@@ -249,18 +243,30 @@ class Context(Placement):
         """What its passes count for, at any sizes."""
         return Recipes(self.setting, [port.value for port in self.kind.inputs])
 
-    def follow(self, model: Context) -> None:
-        """Takes over what a model's passes count for, as long as all would be chosen alike; see `scaled`."""
-        self._scaled = Scaled(self.setting, model)
+    def among(self, models: list[Context]) -> None:
+        """Lets it follow one of the models of its structure, or be one that others follow; see `scaled`."""
+        self._models = models
+        self._follow_next()
+
+    def _follow_next(self) -> None:
+        """Goes on with the next model that is laid out alike at its boundary, or by itself when there is none."""
+        self._scaled = None
+        while self._tried < len(self._models) and self._scaled is None:
+            model = self._models[self._tried]
+            self._tried += 1
+            if alike(model, self):
+                self._scaled = Scaled(self.setting, model)
+        if self._scaled is None:
+            self._models.append(self)
 
     def counted(self, zero: int, remat: Remat) -> Counted:
         """What the passes at a ZeRO stage with a remat policy count for."""
-        if self._scaled is not None:
+        while self._scaled is not None:
             found = self._scaled.counted(zero, remat)
             if found is not None:
                 return found
-            self._scaled = None
             self.forget_choices()
+            self._follow_next()
         return self.passes(zero, remat).counted
 
     # ------------------------------------------------------------------------------------------ plans

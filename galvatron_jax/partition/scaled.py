@@ -45,8 +45,9 @@ class Scaled:
         self.setting, self.model = setting, model
         self._choices = self._picks = 0
         """How many of the model's are known to be made alike."""
+        self._chunks: list[np.ndarray] = []
         self._sizes = np.empty(0)
-        """Of all measures."""
+        """Of all measures, chunk by chunk and together."""
         self._counts: dict[int, Counts] = {}
         self._sent: dict[_Message, tuple[Sent, ...]] = {}
 
@@ -72,7 +73,8 @@ class Scaled:
     def _evaluate(self, recipe: _Recipe, passes: Passes) -> Counted:
         measures = self.model.recipes.measures
         if len(self._sizes) < len(measures):
-            self._sizes = measures.at(self.setting)
+            self._chunks += measures.at(self.setting, self._chunks)
+            self._sizes = np.concatenate(self._chunks)
         sizes, kept = self._sizes, recipe.kept_inputs
         residual = [int(sizes[those].sum()) for those in recipe.residuals]
         return Counted(
@@ -155,6 +157,8 @@ class _Measures:
         self._seen: dict[tuple[int, Held, int], int] = {}
         self._numbers: dict[tuple, int] = {}
         self._rows: list[tuple[float, tuple[int, ...], tuple[int, ...]]] = []
+        self._chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        """The rows so far as arrays: units, factors and axes."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -188,13 +192,17 @@ class _Measures:
         self._numbers[key] = len(self._rows)
         self._rows.append((unit, factors, axes))
 
-    def at(self, setting: Setting) -> np.ndarray:
-        """All at the sizes of a setting. float64[measures]."""
+    def at(self, setting: Setting, known: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """All that are not known yet at the sizes of a setting, chunk by chunk. float64[measures of a chunk] each."""
+        begin = sum([len(units) for units, _, _ in self._chunks])
+        if begin < len(self._rows):
+            units, factors, axes = zip(*self._rows[begin:], strict=True)
+            self._chunks.append((np.array(units), _padded(factors), _padded(axes)))
         sizes, ways = np.array([1.0, *setting.sizes]), np.array([1.0, *setting.axis_sizes])
-        units = np.array([unit for unit, _, _ in self._rows])
-        factors = _padded([factors for _, factors, _ in self._rows])
-        axes = _padded([axes for _, _, axes in self._rows])
-        return units * sizes[factors].prod(axis=1) / ways[axes].prod(axis=1)
+        return [
+            units * sizes[factors].prod(axis=1) / ways[axes].prod(axis=1)
+            for units, factors, axes in self._chunks[len(known) :]
+        ]
 
 
 def _padded(rows: Sequence[tuple[int, ...]]) -> np.ndarray:
