@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 from galvatron_jax.partition.choice import Choice
-from galvatron_jax.partition.operations import works_on_stored_rows
 from galvatron_jax.partition.parameters import Storage
 from galvatron_jax.partition.ports import Ports
 from galvatron_jax.partition.setting import DearChoice, DearRows, Setting
@@ -85,14 +84,12 @@ class Agreement:
     def _choices_hold(self, microbatch: int) -> bool:
         known, dear = self._checked.get(microbatch, 0), self.setting.dear
         if known >= 0:
-            sizes = self._sizes(microbatch)
-            holds = all(_holds(choice, sizes) for choice in dear[known:])
+            holds = all(self._holds(choice, microbatch) for choice in dear[known:])
             self._checked[microbatch] = known = len(dear) if holds else -1
         return known >= 0
 
-
-def _holds(choice: DearChoice | DearRows, sizes: tuple[int, ...]) -> bool:
-    if isinstance(choice, DearRows):
-        return works_on_stored_rows(choice, sizes) is choice.sharded
-    there = Choice(choice.setting.elsewhere(sizes), choice.op, choice.states)
-    return there.cheapest(choice.axis, choice.chosen)[0] is choice.factor
+    def _holds(self, choice: DearChoice | DearRows, microbatch: int) -> bool:
+        if isinstance(choice, DearRows):
+            return choice.pays(microbatch / self.planned_at) == choice.pays()
+        there = Choice(choice.setting.elsewhere(self._sizes(microbatch)), choice.op, choice.states)
+        return there.cheapest(choice.axis, choice.chosen)[0] is choice.factor

@@ -113,7 +113,8 @@ def plan_series(
 ) -> tuple[LayerSeries, ...]:
     """What a layer costs under a strategy at several micro-batches, without instructions.
 
-    Where something would be decided otherwise at the least of them than at the largest, the range is halved.
+    Where something would be decided otherwise at the least of them than at the largest, another plan serves those up to
+    the largest at which it would.
 
     Args:
         kind: the layer's operations.
@@ -127,14 +128,11 @@ def plan_series(
     """
     context = _context(kind, strategy, mesh, microbatch=microbatches[-1], traced_at=model_microbatch, keep=Keep.COUNTS)
     series = context.series(strategy.zero, strategy.remat, microbatches)
-    if context.agreement.holds(microbatches):
+    first = next(i for i in range(len(microbatches)) if context.agreement.holds(microbatches[i:]))
+    if not first:
         return (series,)
-    half = len(microbatches) // 2
-    return tuple(
-        series
-        for part in (microbatches[:half], microbatches[half:])
-        for series in plan_series(kind, strategy, mesh=mesh, microbatches=part, model_microbatch=model_microbatch)
-    )
+    less = plan_series(kind, strategy, mesh=mesh, microbatches=microbatches[:first], model_microbatch=model_microbatch)
+    return *less, replace(series, microbatches=microbatches[first:])
 
 
 def _context(
@@ -142,8 +140,10 @@ def _context(
 ) -> _Context:
     static = prepare_kind(kind)
     axes = strategy.dp, strategy.tp, strategy.sp, strategy.sp_kind
+    # Where rows of tables can go two ways, which one depends on the micro-batch: ZeRO 0 and 1 need not ask.
+    scatters = strategy.zero >= 2 and bool(static.table_gradients)
     return static.memo.contexts.get(
-        (axes, tuple(mesh.items()), microbatch, traced_at, keep),
+        (axes, scatters, tuple(mesh.items()), microbatch, traced_at, keep),
         lambda: _Context(static, strategy, mesh, microbatch=microbatch, traced_at=traced_at, keep=keep),
     )
 

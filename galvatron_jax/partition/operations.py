@@ -33,7 +33,7 @@ def plan_operation(
     draft = Draft(setting, op, states)
     parts = sharded_rows(setting, op, states, home) if op.looks_up or home is not None else None
     if parts is not None:
-        return _cheaper(draft, rows, parts, home)
+        return _cheaper(draft, rows, parts)
     if op.primitive == "broadcast_in_dim" and draft.broadcast():
         return draft.outcome()
     if op.primitive in _RESHAPES and draft.lazy_reshape():
@@ -42,29 +42,24 @@ def plan_operation(
         draft.repeat()
     else:
         draft.apply(rows)
+    setting.dear += draft.dear
     return draft.outcome()
 
 
-def _cheaper(whole: Draft, rows: Rows, parts: ShardedRows, home: Home | None) -> Outcome:
+def _cheaper(whole: Draft, rows: Rows, parts: ShardedRows) -> Outcome:
     """The operation on stored rows where that moves fewer bytes, else on what it needs whole."""
     setting, op, states = whole.setting, whole.op, whole.states
     sharded = Draft(setting, op, states)
     sharded.apply(rows, parts)
     if not parts.settled:
+        setting.dear += sharded.dear
         return sharded.outcome()
     whole.apply(rows)
-    pays = sent_bytes(sharded.tallies) < sent_bytes(whole.tallies) + parts.spared_bytes
-    setting.dear.append(DearRows(setting, op, states, (rows, home), pays))
-    return (sharded if pays else whole).outcome()
-
-
-def works_on_stored_rows(planned: DearRows, sizes: tuple[int, ...]) -> bool:
-    """Whether an operation would work on stored rows at other sizes."""
-    there = planned.setting.elsewhere(sizes)
-    begin = len(there.dear)
-    plan_operation(there, planned.op, planned.states, *planned.about)
-    found = [each for each in there.dear[begin:] if isinstance(each, DearRows)]
-    return found[0].sharded if found else False
+    (stays, grows), (whole_stays, whole_grows) = sent_bytes(sharded.tallies), sent_bytes(whole.tallies)
+    rows_choice = DearRows((stays - whole_stays - parts.spared_bytes, grows - whole_grows))
+    # What is chosen on the way that is not taken decides what that would move.
+    setting.dear += [rows_choice, *sharded.dear, *whole.dear]
+    return (sharded if rows_choice.pays() else whole).outcome()
 
 
 class Draft:
@@ -83,7 +78,6 @@ class Draft:
 
     def outcome(self) -> Outcome:
         """What has changed, and what was recorded."""
-        self.setting.dear += self.dear
         return Outcome(
             self.changed,
             tuple(self.instructions),
