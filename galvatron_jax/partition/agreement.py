@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 from galvatron_jax.partition.choice import Choice
-from galvatron_jax.partition.operations import works_on_stored_rows
 from galvatron_jax.partition.parameters import Storage
 from galvatron_jax.partition.ports import Ports
 from galvatron_jax.partition.setting import DearChoice, DearRows, Setting
@@ -85,15 +84,12 @@ class Agreement:
     def _choices_hold(self, microbatch: int) -> bool:
         known, dear = self._checked.get(microbatch, 0), self.setting.dear
         if known >= 0:
-            sizes = self._sizes(microbatch)
-            holds = all(still_chosen(choice, sizes) for choice in dear[known:])
+            holds = all(self._holds(choice, microbatch) for choice in dear[known:])
             self._checked[microbatch] = known = len(dear) if holds else -1
         return known >= 0
 
-
-def still_chosen(choice: DearChoice | DearRows, sizes: tuple[int, ...]) -> bool:
-    """Whether what was chosen at a cost would be chosen at other sizes in the same setting."""
-    if isinstance(choice, DearRows):
-        return works_on_stored_rows(choice, sizes) is choice.sharded
-    setting = choice.setting if sizes == choice.setting.sizes else choice.setting.elsewhere(sizes)
-    return Choice(setting, choice.op, choice.states).cheapest(choice.axis, choice.chosen)[0] is choice.factor
+    def _holds(self, choice: DearChoice | DearRows, microbatch: int) -> bool:
+        if isinstance(choice, DearRows):
+            return choice.pays(microbatch / self.planned_at) == choice.pays()
+        there = Choice(choice.setting.elsewhere(self._sizes(microbatch)), choice.op, choice.states)
+        return there.cheapest(choice.axis, choice.chosen)[0] is choice.factor

@@ -117,13 +117,13 @@ def all_sent(tallies: Iterable[Tally]) -> tuple[Sent, ...]:
     return tuple([sent for tally in tallies for sent in tally.sent])
 
 
-def sent_bytes(tallies: Iterable[Tally]) -> float:
+def sent_bytes(tallies: Iterable[Tally]) -> Amount:
     """Bytes that one device sends (ring algorithms; Patarasuk & Yuan, 2009)."""
-    total = 0.0
-    for one, _ in all_sent(tallies):
+    total = [0.0, 0.0]
+    for one, grows in all_sent(tallies):
         passes = 2.0 if one.kind is CollectiveKind.ALL_REDUCE else 1.0
-        total += passes * one.bytes * (one.group_size - 1) / one.group_size
-    return total
+        total[grows] += passes * one.bytes * (one.group_size - 1) / one.group_size
+    return total[0], total[1]
 
 
 def largest(amounts: Iterable[Amount]) -> tuple[Amount, ...]:

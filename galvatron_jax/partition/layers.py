@@ -117,7 +117,8 @@ def plan_series(
 ) -> tuple[LayerSeries, ...]:
     """What a layer costs under a strategy at several micro-batches, without instructions.
 
-    Where something would be decided otherwise at the least of them than at the largest, the range is halved.
+    Where something would be decided otherwise at the least of them than at the largest, another plan serves those up to
+    the largest at which it would.
 
     Args:
         kind: the layer's operations.
@@ -130,17 +131,13 @@ def plan_series(
         Series that cover all of them, each once, in ascending order.
     """
     context = _context(kind, strategy, mesh, microbatch=microbatches[-1], traced_at=model_microbatch, keep=Keep.COUNTS)
-    # What was planned before may tell that the range is too wide.
-    if context.agreement.holds(microbatches):
-        series = context.series(strategy.zero, context.counted(strategy.zero, strategy.remat), microbatches)
-        if context.agreement.holds(microbatches):
-            return (series,)
-    half = len(microbatches) // 2
-    return tuple(
-        series
-        for part in (microbatches[:half], microbatches[half:])
-        for series in plan_series(kind, strategy, mesh=mesh, microbatches=part, model_microbatch=model_microbatch)
-    )
+    counted = context.counted(strategy.zero, strategy.remat)
+    first = next(i for i in range(len(microbatches)) if context.agreement.holds(microbatches[i:]))
+    series = context.series(strategy.zero, counted, microbatches[first:])
+    if not first:
+        return (series,)
+    less = plan_series(kind, strategy, mesh=mesh, microbatches=microbatches[:first], model_microbatch=model_microbatch)
+    return *less, series
 
 
 def _context(
@@ -148,15 +145,17 @@ def _context(
 ) -> Context:
     static = prepare_kind(kind)
     axes = strategy.dp, strategy.tp, strategy.sp, strategy.sp_kind
+    # Where rows of tables can go two ways, which one depends on the micro-batch: ZeRO 0 and 1 need not ask.
+    scatters = strategy.zero >= 2 and bool(static.table_gradients)
 
     def make() -> Context:
         context = Context(static, strategy, mesh, microbatch=microbatch, traced_at=traced_at, keep=keep)
         key = structure(context) if keep is Keep.COUNTS else None
         if key is not None:
-            context.among(static.memo.models.get(key, list))
+            context.among(static.memo.models.get((scatters, key), list))
         return context
 
-    return static.memo.contexts.get((axes, tuple(mesh.items()), microbatch, traced_at, keep), make)
+    return static.memo.contexts.get((axes, scatters, tuple(mesh.items()), microbatch, traced_at, keep), make)
 
 
 class About(NamedTuple):

@@ -42,6 +42,7 @@ def plan_operation(
         draft.repeat()
     else:
         draft.apply(rows)
+    setting.dear += draft.dear
     return draft.outcome()
 
 
@@ -51,20 +52,30 @@ def _cheaper(whole: Draft, rows: Rows, parts: ShardedRows, home: Home | None) ->
     sharded = Draft(setting, op, states)
     sharded.apply(rows, parts)
     if not parts.settled:
+        setting.dear += sharded.dear
         return sharded.outcome()
     whole.apply(rows)
-    pays = sent_bytes(sharded.tallies) < sent_bytes(whole.tallies) + parts.spared_bytes
-    setting.dear.append(DearRows(setting, op, states, (rows, home), pays))
-    return (sharded if pays else whole).outcome()
+    choice = DearRows(op, states, (rows, home), _more_bytes(sharded, whole, parts))
+    # What is chosen on the way that is not taken decides what that would move.
+    setting.dear += [choice, *sharded.dear, *whole.dear]
+    return (sharded if choice.pays() else whole).outcome()
 
 
-def works_on_stored_rows(planned: DearRows, sizes: tuple[int, ...]) -> bool:
-    """Whether an operation would work on stored rows at other sizes."""
-    there = planned.setting.elsewhere(sizes)
-    begin = len(there.dear)
-    plan_operation(there, planned.op, planned.states, *planned.about)
-    found = [each for each in there.dear[begin:] if isinstance(each, DearRows)]
-    return found[0].sharded if found else False
+def _more_bytes(sharded: Draft, whole: Draft, parts: ShardedRows) -> Amount:
+    (stays, grows), (whole_stays, whole_grows) = sent_bytes(sharded.tallies), sent_bytes(whole.tallies)
+    return stays - whole_stays - parts.spared_bytes, grows - whole_grows
+
+
+def asked_again(choice: DearRows, setting: Setting) -> DearRows | None:
+    """The same choice in another setting; None where there is none."""
+    rows, home = choice.about
+    parts = sharded_rows(setting, choice.op, choice.states, home)
+    if parts is None or not parts.settled:
+        return None
+    sharded, whole = (Draft(setting, choice.op, choice.states) for _ in range(2))
+    sharded.apply(rows, parts)
+    whole.apply(rows)
+    return choice._replace(more=_more_bytes(sharded, whole, parts))
 
 
 class Draft:
@@ -84,7 +95,6 @@ class Draft:
 
     def outcome(self) -> Outcome:
         """What has changed, and what was recorded."""
-        self.setting.dear += self.dear
         return Outcome(
             self.changed,
             tuple(self.instructions),

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from galvatron_jax.partition.agreement import still_chosen
+from galvatron_jax.partition.choice import Choice
 from galvatron_jax.partition.counts import Amount, Counts, Sent, Tally, collectives, combined, largest
 from galvatron_jax.partition.instructions import Version
 from galvatron_jax.partition.layout import Role, convert
 from galvatron_jax.partition.liveness import Lifetimes, Named
+from galvatron_jax.partition.operations import asked_again
 from galvatron_jax.partition.placement import Counted, Placement
 from galvatron_jax.partition.planner import Pass
 from galvatron_jax.partition.scatters import scattered_late
-from galvatron_jax.partition.setting import Held, Setting
+from galvatron_jax.partition.setting import DearChoice, DearRows, Held, Setting
 from galvatron_jax.spec.strategy import Remat
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ class Scaled:
         """Whether all that the model chose would be chosen here."""
         choices, picks = self.model.setting.dear, self.model.picks
         for choice in choices[self._choices :]:
-            here = choice._replace(setting=self.setting)
-            if not still_chosen(here, self.setting.sizes):
+            here = _chosen_alike(choice, self.setting)
+            if here is None:
                 return False
             self.setting.dear.append(here)
         for pick in picks[self._picks :]:
@@ -97,6 +98,15 @@ class Scaled:
         if found is None:
             found = self._sent[message] = tuple((each, message.grows) for each in message.sent(self.setting))
         return found
+
+
+def _chosen_alike(choice: DearChoice | DearRows, setting: Setting) -> DearChoice | DearRows | None:
+    """A choice in another setting, if it comes out there as it did."""
+    if isinstance(choice, DearRows):
+        rows = asked_again(choice, setting)
+        return rows if rows is not None and rows.pays() == choice.pays() else None
+    factor, _ = Choice(setting, choice.op, choice.states).cheapest(choice.axis, choice.chosen)
+    return choice._replace(setting=setting) if factor is choice.factor else None
 
 
 def alike(one: Placement, other: Placement) -> bool:

@@ -82,12 +82,16 @@ class DearChoice(NamedTuple):
 class DearRows(NamedTuple):
     """Whether an operation works on stored rows, and what that depends on."""
 
-    setting: Setting
     op: StaticOp
     states: tuple[Held, ...]
     about: tuple
     """What else `plan_operation` was told."""
-    sharded: bool
+    more: Amount
+    """Bytes that a device sends more if it does."""
+
+    def pays(self, share: float = 1.0) -> bool:
+        """Whether it is fewer, at a share of the micro-batch planned, whatever is rounded."""
+        return self.more[0] + self.more[1] * share < -1.0
 
 
 class Setting:

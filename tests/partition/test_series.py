@@ -43,17 +43,17 @@ def _without_instructions(plan: LayerPlan) -> LayerPlan:
     )
 
 
-def test_a_range_is_halved_where_choices_differ() -> None:
+def test_a_range_is_split_where_choices_differ() -> None:
     """In a Swin block under Megatron-SP a product is sharded otherwise at small micro-batches than at large ones."""
     mesh, sizes = {"a": 2, "b": 2}, (1, 2, 3, 4, 6, 8, 12, 16, 24, 48)
     strategy = LayerStrategy(tp=("a", "b"), sp=("a", "b"), sp_kind=SequenceParallel.MEGATRON)
-    halved = 0
+    split = 0
     for kind in traced("swin").spec.kinds:
         found = plan_series(kind, strategy, mesh=mesh, microbatches=sizes, model_microbatch=MICROBATCH)
         assert tuple(size for series in found for size in series.microbatches) == sizes
-        halved += len(found) > 1
+        split += len(found) > 1
         for series in found if len(found) > 1 else ():
             for size in series.microbatches:
                 planned = plan_layer(kind, strategy, mesh=mesh, microbatch=size, model_microbatch=MICROBATCH)
                 assert series.at(size) == _without_instructions(planned), size
-    assert halved
+    assert split
