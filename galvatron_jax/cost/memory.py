@@ -127,8 +127,9 @@ def scatters_late(wiring: LayerWiring, *, staged: bool, accumulates: bool) -> bo
     """Whether whole gradients of the layer before are still there while a layer works backward.
 
     XLA's GPU compiler puts a reduce-scatter whose result a loop only stores into the next turn, to overlap with it
-    (`CollectivePipeliner`, on for GPUs by default), so that a loop's body holds two layers' gradients. It leaves alone
-    what a turn adds to others: the gradients of several micro-batches, and all those in pipelines.
+    (`CollectivePipeliner`, on for GPUs by default), so that a loop's body holds two layers' gradients; the runtime
+    keeps it to those made last (`partition.scatters`). It leaves alone what a turn adds to others: the gradients of
+    several micro-batches, and all those in pipelines.
     """
     return wiring.looped and not staged and not accumulates
 

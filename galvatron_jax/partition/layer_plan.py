@@ -44,7 +44,8 @@ class PhasePlan:
     through_peak_bytes: int = 0
     """For the backward of a layer that ends in the loss: the peak of its forward and backward, one after the other."""
     unscattered_bytes: int = 0
-    """Of the backward: gradients of parameters before they are spread over ZeRO's axes, whole on each device."""
+    """Of the backward: gradients of parameters that are spread over ZeRO's axes only while the next layer works, whole
+    on each device; see `partition.scatters`."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from galvatron_jax.partition.parameters import Storage, StoredParameter
 from galvatron_jax.partition.planner import Pass
 from galvatron_jax.partition.ports import Ports
 from galvatron_jax.partition.remat import Split, split
+from galvatron_jax.partition.scatters import scattered_late
 from galvatron_jax.partition.series import LayerSeries
 from galvatron_jax.partition.setting import Held, Keep, Setting
 from galvatron_jax.partition.static import StaticKind, prepare_kind
@@ -49,6 +50,8 @@ class LocalPlan:
     """Per parameter port: steps from the optimizer's layout back to storage, after the update."""
     backward_reads: frozenset[int]
     """Input ports that the backward program reads."""
+    scattered_at_once: frozenset[int]
+    """Parameter ports whose gradients are scattered before the next layer works; see `partition.scatters`."""
     held: Mapping[str, Mapping[int, Held]]
     """Per phase and value, its layouts by version."""
 
@@ -164,6 +167,7 @@ class _Passes:
     output_versions: tuple[Version, ...]
     gradient_versions: tuple[Version, ...]
     backward_reads: frozenset[int]
+    scattered_at_once: frozenset[int]
 
     @cached_property
     def gradient_layouts(self) -> tuple[Layout, ...]:
@@ -265,7 +269,7 @@ class _Context:
             gradient_versions=passes.gradient_versions, gradient_layouts=passes.gradient_layouts,
             sync={i: parameter.sync for i, parameter in stored.items()},
             publish={i: parameter.publish for i, parameter in stored.items()},
-            backward_reads=passes.backward_reads,
+            backward_reads=passes.backward_reads, scattered_at_once=passes.scattered_at_once,
             held={"forward": passes.forward.held, "backward": passes.backward.held},
         )  # fmt: skip
 
@@ -386,8 +390,12 @@ class _Context:
         # XLA converts a weight's gradient in the product that makes it, however long it then waits to be scattered.
         weights = frozenset((value, 0) for _, port, value in self.gradients if port.role is PortRole.PARAMETER)
         counts = backward.counts(through.operations, onward, self._given(through, repeats=repeats), weights)
+        at_once = frozenset[int]()
         if scatter:
-            counts = replace(counts, unscattered_bytes=self._unscattered_bytes(backward))
+            sizes = self._gradient_bytes(backward)
+            late = scattered_late(sizes)
+            at_once = frozenset(sizes) - late
+            counts = replace(counts, unscattered_bytes=sum([sizes[port] for port in late]))
         if any(port.role is PortRole.LOSS for port in self.kind.outputs):
             counts = replace(counts, through_peaks=self._through_peaks(forward, backward, onward))
         kept = tuple(
@@ -426,6 +434,7 @@ class _Context:
             output_versions=self._output_versions(forward),
             gradient_versions=gradients,
             backward_reads=reads,
+            scattered_at_once=at_once,
         )
 
     def _given(self, through: _Through, *, repeats: bool) -> list[Tally]:
@@ -450,10 +459,10 @@ class _Context:
         ]
         return [Tally((), ((version, size, grows),), False, NONE, place=where) for version, size, grows, where in found]
 
-    def _unscattered_bytes(self, backward: Pass) -> int:
-        """Local bytes of the parameters' gradients as backward makes them."""
-        made = [gradient for _, port, gradient in self.gradients if port.role is PortRole.PARAMETER]
-        return int(sum(backward.local_bytes(gradient) for gradient in made))
+    def _gradient_bytes(self, backward: Pass) -> dict[int, int]:
+        """Local bytes of the parameters' gradients as backward makes them, in that order, by port."""
+        made = sorted((gradient, i) for i, port, gradient in self.gradients if port.role is PortRole.PARAMETER)
+        return {i: int(backward.local_bytes(gradient)) for gradient, i in made}
 
     @staticmethod
     def _through_peaks(forward: Pass, backward: Pass, onward: frozenset[Version]) -> tuple[Amount, ...]:

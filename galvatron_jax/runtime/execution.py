@@ -380,7 +380,7 @@ class Executor:
             sums = [a + grads[p] for a, p in zip(sums, shared, strict=True)]
             for p in added:
                 changed = totals.with_row(changed, number, p, layer, grads[p])
-            return (back, sums, changed), [grads[p] for p in stacked]
+            return (back, sums, changed), [self._scattered(run, p, grads[p]) for p in stacked]
 
         first = {q: self._last_seed(run, q, cotangents) for q in feeds}
         before = [self._zero_gradient(run, p) for p in shared]
@@ -401,6 +401,14 @@ class Executor:
         if not self.ordered or x.ndim < 2 or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
             return x
         return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+    def _scattered(self, run: Run, port: int, x: Any) -> Any:
+        """A layer's gradient of a parameter, which a loop is to store: scattered in the layer's turn, or in the next.
+
+        XLA's GPU compiler puts what a loop only stores off into the next turn (`CollectivePipeliner`), and holds it
+        twice there before it is scattered: as carried, and copied. It does not where a barrier comes in between.
+        """
+        return lax.optimization_barrier(x) if self.ordered and port in run.local.scattered_at_once else x
 
     def _zero_gradient(self, run: Run, port: int) -> Any:
         value, layout = run.local.gradient_of(port)

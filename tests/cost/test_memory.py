@@ -88,7 +88,7 @@ def test_a_loop_holds_what_zero_3_gathers_in_the_order_of_its_gathers_once_more(
 
 
 @pytest.mark.standard_promotion
-def test_a_loop_backward_holds_the_gradients_of_two_layers_that_are_to_be_scattered() -> None:
+def test_a_loop_backward_holds_gradients_of_two_layers_where_they_are_scattered_late() -> None:
     wiring = wire(traced("gpt2").spec).layers[1]
     for zero in (1, 2, 3):
         _, plan = planned("gpt2", 1, LayerStrategy(dp=("a", "b", "c"), zero=zero))
@@ -96,8 +96,8 @@ def test_a_loop_backward_holds_the_gradients_of_two_layers_that_are_to_be_scatte
         _, late = passing_bytes(plan, wiring=wiring, staged=False, accumulates=False)
         _, staged = passing_bytes(plan, wiring=wiring, staged=True, accumulates=True)
         _, alone = passing_bytes(plan, wiring=replace(wiring, looped=False), staged=False, accumulates=False)
-        whole = sum(p.accumulator_bytes for p in planned("gpt2", 1)[1].parameters) if zero > 1 else 0
-        assert late - work == whole
+        whole = planned("gpt2", 1)[1].parameters if zero > 1 else ()
+        assert late - work == sum(p.accumulator_bytes for p in whole if not p.name.startswith("mlp/"))
         assert staged == work
         assert alone == work
 
