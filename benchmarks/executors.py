@@ -87,6 +87,7 @@ class Pair:
 PAIRS = (
     Pair("gpt2", _plan("abc")),
     Pair("gpt2", _plan("abc", zero=1), 2),
+    Pair("gpt2", _plan("abc", zero=2), 2),
     Pair("gpt2", _plan("abc", zero=3, remat="full")),
     Pair("gpt2", _plan("a", "bc", megatron=True, remat="full"), 2),
     Pair("gpt2", _plan("", "abc")),

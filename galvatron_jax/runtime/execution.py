@@ -383,7 +383,8 @@ class Executor:
             return (back, sums, changed), [self._scattered(run, p, grads[p]) for p in stacked]
 
         first = {q: self._last_seed(run, q, cotangents) for q in feeds}
-        before = [self._zero_gradient(run, p) for p in shared]
+        zero = self._zero_after((first, extras))
+        before = [self._zero_gradient(run, p, zero) for p in shared]
         (back, sums, changed), slices = lax.scan(
             body,
             (first, before, totals.of_run(number) if added else {}),
@@ -410,10 +411,20 @@ class Executor:
         """
         return lax.optimization_barrier(x) if self.ordered and port in run.local.scattered_at_once else x
 
-    def _zero_gradient(self, run: Run, port: int) -> Any:
+    def _zero_after(self, waits: Any) -> Any:
+        """A zero that a loop's sums begin with, there only after some arrays.
+
+        XLA's GPU compiler makes the zeros of several loops in one kernel, ahead of the first: what the last one adds to
+        would be there while all the others work, with all that they keep.
+        """
+        zero = jnp.zeros((), jnp.float32)
+        return lax.optimization_barrier((zero, waits))[0] if self.ordered else zero
+
+    def _zero_gradient(self, run: Run, port: int, zero: Any) -> Any:
+        """A zero in the shape of a gradient."""
         value, layout = run.local.gradient_of(port)
-        shape = self.program(run).shape(value, layout)
-        return jnp.zeros(shape, self.traced.programs[run.kind].flat.avals[value].dtype)
+        dtype = self.traced.programs[run.kind].flat.avals[value].dtype
+        return jnp.broadcast_to(zero.astype(dtype), self.program(run).shape(value, layout))
 
     def _last_seed(self, run: Run, port: int, cotangents: Mapping[str, Any]) -> Any:
         """Cotangent of the last layer's carried output, in the layout in which carried values wait."""
