@@ -13,6 +13,8 @@ from galvatron_jax.partition.static import StaticKind
 from galvatron_jax.partition.strategy_axes import plan_axes
 from galvatron_jax.spec.strategy import LayerStrategy
 
+Dear = tuple[DearChoice | DearRows, ...]
+
 
 class Agreement:
     """Where plans made in a setting hold as well.
@@ -36,21 +38,23 @@ class Agreement:
         self.static, self.strategy, self.mesh = static, strategy, mesh
         self.setting, self.ports = setting, ports
         self.planned_at, self.traced_at = planned_at, traced_at
-        self._held: tuple[tuple[int, ...], int] | None = None
-        """What holds: at some micro-batches, so many choices."""
         self._shapes: dict[int, bool] = {}
-        self._checked: dict[int, int] = {}
-        """By micro-batch, how many of the choices are known to hold; -1 where one does not."""
+        self._choices: dict[tuple[int, int], tuple[DearChoice | DearRows, bool]] = {}
+        """By identity and micro-batch, choices and whether they hold."""
 
-    def holds(self, microbatches: Sequence[int]) -> bool:
-        """Whether all that was planned so far holds at some micro-batches, which with the one planned are a range."""
-        asked = tuple(microbatches), len(self.setting.dear)
-        if asked != self._held:
-            ends = {min(microbatches), max(microbatches)} - {self.planned_at}
-            if not (all(map(self._shapes_alike, microbatches)) and all(map(self._choices_hold, ends))):
-                return False
-            self._held = asked
-        return True
+    def holds_from(self, microbatches: Sequence[int], dear: Dear) -> int:
+        """The index from which on what was planned holds.
+
+        Args:
+            microbatches: ascending, the one planned last.
+            dear: what was chosen at a cost.
+        """
+        first = len(microbatches) - 1
+        while first and self._shapes_alike(microbatches[first - 1]):
+            first -= 1
+        while not all(self._holds(choice, microbatches[first]) for choice in dear):
+            first += 1
+        return first
 
     def _shapes_alike(self, microbatch: int) -> bool:
         if microbatch not in self._shapes:
@@ -81,14 +85,15 @@ class Agreement:
         there = Ports(self.static, axes, sizes, self.ports.sp_kind, Storage(self.static, axes, sizes))
         return there.outputs == self.ports.outputs and there.inputs(sharded=False) == self.ports.inputs(sharded=False)
 
-    def _choices_hold(self, microbatch: int) -> bool:
-        known, dear = self._checked.get(microbatch, 0), self.setting.dear
-        if known >= 0:
-            holds = all(self._holds(choice, microbatch) for choice in dear[known:])
-            self._checked[microbatch] = known = len(dear) if holds else -1
-        return known >= 0
-
     def _holds(self, choice: DearChoice | DearRows, microbatch: int) -> bool:
+        if microbatch == self.planned_at:
+            return True
+        key = id(choice), microbatch
+        if key not in self._choices:
+            self._choices[key] = choice, self._comes_out_alike(choice, microbatch)
+        return self._choices[key][1]
+
+    def _comes_out_alike(self, choice: DearChoice | DearRows, microbatch: int) -> bool:
         if isinstance(choice, DearRows):
             return choice.pays(microbatch / self.planned_at) == choice.pays()
         there = Choice(choice.setting.elsewhere(self._sizes(microbatch)), choice.op, choice.states)

@@ -132,7 +132,7 @@ def plan_series(
     """
     context = _context(kind, strategy, mesh, microbatch=microbatches[-1], traced_at=model_microbatch, keep=Keep.COUNTS)
     counted = context.counted(strategy.zero, strategy.remat)
-    first = next(i for i in range(len(microbatches)) if context.agreement.holds(microbatches[i:]))
+    first = context.agreement.holds_from(microbatches, counted.dear)
     series = context.series(strategy.zero, counted, microbatches[first:])
     if not first:
         return (series,)
@@ -145,17 +145,15 @@ def _context(
 ) -> Context:
     static = prepare_kind(kind)
     axes = strategy.dp, strategy.tp, strategy.sp, strategy.sp_kind
-    # Where rows of tables can go two ways, which one depends on the micro-batch: ZeRO 0 and 1 need not ask.
-    scatters = strategy.zero >= 2 and bool(static.table_gradients)
 
     def make() -> Context:
         context = Context(static, strategy, mesh, microbatch=microbatch, traced_at=traced_at, keep=keep)
         key = structure(context) if keep is Keep.COUNTS else None
         if key is not None:
-            context.among(static.memo.models.get((scatters, key), list))
+            context.among(static.memo.models.get(key, list))
         return context
 
-    return static.memo.contexts.get((axes, scatters, tuple(mesh.items()), microbatch, traced_at, keep), make)
+    return static.memo.contexts.get((axes, tuple(mesh.items()), microbatch, traced_at, keep), make)
 
 
 class About(NamedTuple):
@@ -168,6 +166,8 @@ class About(NamedTuple):
     """With forward, where the layer ends in the loss."""
     scattered: tuple[tuple[int, int], ...]
     """Ports of parameters whose gradients leave scattered, with these, in the order in which they are made."""
+    picks: tuple[Pick, ...]
+    """Versions picked for their size, to go on with in backward."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +207,8 @@ class Through:
     """Of forward."""
     versions: Mapping[int, list[int]]
     """Per kept value, forward's numbers of the versions at hand in backward."""
+    picks: tuple[Pick, ...]
+    """Which of those were picked for their size."""
     operations: int
     """Of backward."""
     passes: dict[tuple[bool, bool], Passes] = field(default_factory=dict)
@@ -227,12 +229,15 @@ class Context(Placement):
         keep: Keep,
     ) -> None:
         super().__init__(static, strategy, mesh, microbatch=microbatch, traced_at=traced_at, keep=keep)
-        self.picks: list[Pick] = []
-        """Versions picked for their size, to go on with in backward."""
+        self.led: dict[tuple[int, Remat], Passes] = {}
+        """Passes that others may follow, by ZeRO stage and remat policy."""
         self._models: list[Context] = []
-        """Of its structure; others are added."""
-        self._tried = 0
-        self._scaled: Scaled | None = None
+        """Contexts of its structure that lead others."""
+        self._scaled: dict[int, Scaled] = {}
+        """By the identity of a model."""
+        self._alike: dict[tuple[int, bool], bool] = {}
+        """By the identity of a model and whether parameters are stored apart."""
+        self._counted: dict[tuple[int, Remat], Counted] = {}
         self._forwards: dict[tuple, tuple[Pass, Counts]] = {}
         self._throughs: dict[tuple, Through] = {}
         self._plans: dict[tuple[int, Remat], LocalPlan] = {}
@@ -243,30 +248,42 @@ class Context(Placement):
         return Recipes(self.setting, [port.value for port in self.kind.inputs])
 
     def among(self, models: list[Context]) -> None:
-        """Lets it follow one of the models of its structure, or be one that others follow; see `scaled`."""
+        """Lets it follow others of its structure, or lead them; see `scaled`."""
         self._models = models
-        self._follow_next()
-
-    def _follow_next(self) -> None:
-        """Goes on with the next model that is laid out alike at its boundary, or by itself when there is none."""
-        self._scaled = None
-        while self._tried < len(self._models) and self._scaled is None:
-            model = self._models[self._tried]
-            self._tried += 1
-            if alike(model, self):
-                self._scaled = Scaled(self.setting, model)
-        if self._scaled is None:
-            self._models.append(self)
 
     def counted(self, zero: int, remat: Remat) -> Counted:
         """What the passes at a ZeRO stage with a remat policy count for."""
-        while self._scaled is not None:
-            found = self._scaled.counted(zero, remat)
-            if found is not None:
-                return found
-            self.forget_choices()
-            self._follow_next()
-        return self.passes(zero, remat).counted
+        key = zero, remat
+        if key not in self._counted:
+            self._counted[key] = self._followed(zero, remat) or self._lead(zero, remat)
+        return self._counted[key]
+
+    def _followed(self, zero: int, remat: Remat) -> Counted | None:
+        """As it follows from a model's; None where no model has such passes, or all would choose otherwise here."""
+        for model in self._models:
+            passes = model.led.get((zero, remat))
+            if passes is not None and self._is_alike(model, stored=zero >= 2):
+                found = self._scaled_from(model).counted(passes)
+                if found is not None:
+                    return found
+        return None
+
+    def _is_alike(self, model: Context, *, stored: bool) -> bool:
+        key = id(model), stored
+        if key not in self._alike:
+            self._alike[key] = alike(model, self, stored=stored)
+        return self._alike[key]
+
+    def _scaled_from(self, model: Context) -> Scaled:
+        if id(model) not in self._scaled:
+            self._scaled[id(model)] = Scaled(self.setting, model.setting, model.recipes)
+        return self._scaled[id(model)]
+
+    def _lead(self, zero: int, remat: Remat) -> Counted:
+        if not self.led:
+            self._models.append(self)
+        passes = self.led[zero, remat] = self.passes(zero, remat)
+        return passes.counted
 
     # ------------------------------------------------------------------------------------------ plans
 
@@ -327,12 +344,12 @@ class Context(Placement):
         if key not in self._throughs:
             forward, counts = self._forward(parts, sharded=sharded)
             done = forward.length
-            backward, versions = self._start_backward(forward, parts.saved, sharded, keep_all=keep_all)
+            backward, versions, picks = self._start_backward(forward, parts.saved, sharded, keep_all=keep_all)
             backward.homes = homes
             backward.run(parts.backward)
             if forward.length > done:
                 counts = forward.counts(len(parts.forward))
-            self._throughs[key] = Through(forward, backward, counts, versions, len(parts.backward))
+            self._throughs[key] = Through(forward, backward, counts, versions, picks, len(parts.backward))
         return self._throughs[key]
 
     def _forward(self, parts: Split, *, sharded: bool) -> tuple[Pass, Counts]:
@@ -356,14 +373,15 @@ class Context(Placement):
 
     def _start_backward(
         self, forward: Pass, saved: Sequence[int], sharded: bool, *, keep_all: bool
-    ) -> tuple[Pass, dict[int, list[int]]]:
-        """A pass that starts from inputs, kept values and cotangents; and per kept value, the versions at hand.
+    ) -> tuple[Pass, dict[int, list[int]], tuple[Pick, ...]]:
+        """A pass that starts from inputs, kept values and cotangents; per kept value, the versions at hand; and picks.
 
         Without remat, kept values are at hand in every version that forward made, so that backward repeats no
         communication; with remat, in the smallest.
         """
         backward = self._new_pass(sharded=sharded)
         versions: dict[int, list[int]] = {}
+        picks: list[Pick] = []
         for value in saved:
             layouts = forward.held[value].layouts
             usable = [i for i, layout in enumerate(layouts) if PENDING not in layout]
@@ -372,7 +390,7 @@ class Context(Placement):
                 usable = [forward.convert(value, target)[1]]
             if not keep_all:
                 pick = Pick(value, forward.held[value], tuple(usable))
-                self.picks.append(pick)
+                picks.append(pick)
                 usable = [pick.smallest(self.setting)]
             versions[value] = usable
             held = forward.held[value]
@@ -382,7 +400,7 @@ class Context(Placement):
         for port, layout in zip(self.kind.outputs, self.ports.outputs, strict=True):
             if port.cotangent is not None:
                 backward.hold(port.cotangent, layout)
-        return backward, versions
+        return backward, versions, tuple(picks)
 
     def _hand_over(self, through: Through, *, sharded: bool, scatter: bool, repeats: bool) -> Passes:
         """Gradients brought into the layouts in which they leave, and all counted."""
@@ -407,6 +425,7 @@ class Context(Placement):
             at_once=weights,
             in_a_row=InARow(forward, backward, onward) if ends else None,
             scattered=self._gradients_as_made() if scatter else (),
+            picks=through.picks,
         )
         sizes = {port: int(backward.local_bytes(gradient)) for port, gradient in about.scattered}
         late = scattered_late(sizes)
@@ -449,6 +468,7 @@ class Context(Placement):
                 residual_bytes=(residual_bytes[0], residual_bytes[1]),
                 kept_inputs=tuple(inputs_kept),
                 gradient_layouts=tuple([backward.held[value].layouts[number] for value, number in gradients]),
+                dear=(*forward.dear, *backward.dear),
             ),
             kept=kept,
             output_versions=self._output_versions(forward),

@@ -42,7 +42,6 @@ def plan_operation(
         draft.repeat()
     else:
         draft.apply(rows)
-    setting.dear += draft.dear
     return draft.outcome()
 
 
@@ -52,13 +51,13 @@ def _cheaper(whole: Draft, rows: Rows, parts: ShardedRows, home: Home | None) ->
     sharded = Draft(setting, op, states)
     sharded.apply(rows, parts)
     if not parts.settled:
-        setting.dear += sharded.dear
         return sharded.outcome()
     whole.apply(rows)
     choice = DearRows(op, states, (rows, home), _more_bytes(sharded, whole, parts))
+    taken = sharded if choice.pays() else whole
     # What is chosen on the way that is not taken decides what that would move.
-    setting.dear += [choice, *sharded.dear, *whole.dear]
-    return (sharded if choice.pays() else whole).outcome()
+    taken.dear = [choice, *sharded.dear, *whole.dear]
+    return taken.outcome()
 
 
 def _more_bytes(sharded: Draft, whole: Draft, parts: ShardedRows) -> Amount:
@@ -88,7 +87,7 @@ class Draft:
         self.instructions: list[Instruction] = []
         self.tallies: list[Tally] = []
         self.decisions: list[Decision] = []
-        self.dear: list[DearChoice] = []
+        self.dear: list[DearChoice | DearRows] = []
         self.flops: Amount = NONE
         self.work: tuple[Work, ...] = ()
         self.parts = WHOLE
@@ -103,6 +102,7 @@ class Draft:
             self.flops,
             self.setting.outlines.number(self.tallies),
             self.work,
+            tuple(self.dear),
         )
 
     def convert(self, value: int, target: Layout) -> Version:

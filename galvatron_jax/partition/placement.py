@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
-from galvatron_jax.partition.agreement import Agreement
+from galvatron_jax.partition.agreement import Agreement, Dear
 from galvatron_jax.partition.counts import Counts
 from galvatron_jax.partition.layer_plan import ParameterPlan
 from galvatron_jax.partition.layout import Layout
@@ -31,6 +30,8 @@ class Counted:
     """Of it, per input port, what stays and what grows."""
     gradient_layouts: tuple[Layout, ...]
     """In which gradients leave."""
+    dear: Dear
+    """What was chosen at a cost."""
 
 
 class Placement:
@@ -67,17 +68,11 @@ class Placement:
         )  # fmt: skip
         self.ports = Ports(static, self.axes, self.sizes, strategy.sp_kind, self.storage)
         self.output_specs = self.ports.output_specs()
-        self._agrees = partial(
-            Agreement, static, strategy, mesh, self.setting, self.ports, planned_at=microbatch, traced_at=traced_at
+        self.agreement = Agreement(
+            static, strategy, mesh, self.setting, self.ports, planned_at=microbatch, traced_at=traced_at
         )
-        self.agreement: Agreement = self._agrees()
         self.gradients = tuple((i, p, p.gradient) for i, p in enumerate(self.kind.inputs) if p.gradient is not None)
         self._parameters: dict[tuple, tuple[ParameterPlan, ...]] = {}
-
-    def forget_choices(self) -> None:
-        """What was chosen at a cost does not matter any more: nothing was planned after all."""
-        self.setting.dear.clear()
-        self.agreement = self._agrees()
 
     def series(self, zero: int, counted: Counted, microbatches: tuple[int, ...]) -> LayerSeries:
         """The plan at a ZeRO stage with some passes, as it grows with the micro-batch."""

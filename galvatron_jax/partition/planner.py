@@ -17,7 +17,7 @@ from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Role, Step
 from galvatron_jax.partition.lookups import Home
 from galvatron_jax.partition.operations import Draft, plan_operation
 from galvatron_jax.partition.outline import Forms
-from galvatron_jax.partition.setting import Held, Keep, Outcome, Setting, Work
+from galvatron_jax.partition.setting import DearChoice, DearRows, Held, Keep, Outcome, Setting, Work
 from galvatron_jax.partition.static import StaticFactor, StaticOp, StaticProgram
 
 
@@ -62,6 +62,12 @@ class Pass:
     def decisions(self) -> tuple[Decision, ...]:
         """Why operations are sharded as they are, where that costs something."""
         return tuple(chain.from_iterable([outcome.decisions for outcome in self._outcomes]))
+
+    @property
+    def dear(self) -> tuple[DearChoice | DearRows, ...]:
+        """What was chosen at a cost, each once."""
+        found = chain.from_iterable([outcome.dear for outcome in self._outcomes if outcome.dear])
+        return tuple({id(choice): choice for choice in found}.values())
 
     @property
     def work(self) -> tuple[Work, ...]:
@@ -232,6 +238,7 @@ class _LoopPlan:
                 # At first a carry that starts at zero counts as zero, to see whether sums into it stay pending.
                 body.hold(value, layout, zero=zero[n] and attempt == 0)
             body.run(self.program.operations)
+            self.draft.dear += body.dear
             found = [body.held[v].layouts[0] for v in self.program.program.outputs[: self.carried]]
             entered = self.layouts[self.consts : stop]
             joined = [_join(*each) for each in zip(entered, found, zero[self.consts : stop], strict=True)]

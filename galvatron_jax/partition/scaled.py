@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from galvatron_jax.partition.agreement import Dear
 from galvatron_jax.partition.choice import Choice
 from galvatron_jax.partition.counts import Amount, Counts, Sent, Tally, collectives, combined, largest
 from galvatron_jax.partition.instructions import Version
@@ -23,10 +24,9 @@ from galvatron_jax.partition.placement import Counted, Placement
 from galvatron_jax.partition.planner import Pass
 from galvatron_jax.partition.scatters import scattered_late
 from galvatron_jax.partition.setting import DearChoice, DearRows, Held, Setting
-from galvatron_jax.spec.strategy import Remat
 
 if TYPE_CHECKING:
-    from galvatron_jax.partition.layers import Context, Passes
+    from galvatron_jax.partition.layers import Passes
 
 
 MAX_SHARING = 5
@@ -34,45 +34,44 @@ MAX_SHARING = 5
 
 
 class Scaled:
-    """What the passes of a context, the model, count for in the setting of another, as long as all is chosen alike."""
+    """What passes in the setting of one context, the model, count for in that of another, if all is chosen alike."""
 
-    def __init__(self, setting: Setting, model: Context) -> None:
+    def __init__(self, setting: Setting, planned: Setting, recipes: Recipes) -> None:
         """Placements must be `alike`.
 
         Args:
-            setting: where figures are wanted; the model's choices are noted in it as its own.
-            model: whose passes are followed.
+            setting: where figures are wanted.
+            planned: the model's.
+            recipes: the model's.
         """
-        self.setting, self.model = setting, model
-        self._choices = self._picks = 0
-        """How many of the model's are known to be made alike."""
+        self.setting, self.planned, self.recipes = setting, planned, recipes
+        self._choices: dict[int, tuple[DearChoice | DearRows, DearChoice | DearRows | None]] = {}
+        """By identity, the model's choices, and the same here if they come out alike."""
         self._chunks: list[np.ndarray] = []
         self._sizes = np.empty(0)
         """Of all measures, chunk by chunk and together."""
         self._counts: dict[int, Counts] = {}
         self._sent: dict[_Message, tuple[Sent, ...]] = {}
 
-    def counted(self, zero: int, remat: Remat) -> Counted | None:
-        """What the passes count for at a ZeRO stage with a remat policy; None where they would not be the same."""
-        passes = self.model.passes(zero, remat)
-        return self._evaluate(self.model.recipes.of(passes), passes) if self._chooses_alike() else None
-
-    def _chooses_alike(self) -> bool:
-        """Whether all that the model chose would be chosen here."""
-        choices, picks = self.model.setting.dear, self.model.picks
-        for choice in choices[self._choices :]:
-            here = _chosen_alike(choice, self.setting)
+    def counted(self, passes: Passes) -> Counted | None:
+        """What the model's passes count for; None where they would not be the same."""
+        dear = []
+        for choice in passes.counted.dear:
+            here = self._chosen(choice)
             if here is None:
-                return False
-            self.setting.dear.append(here)
-        for pick in picks[self._picks :]:
-            if pick.smallest(self.setting) != pick.smallest(self.model.setting):
-                return False
-        self._choices, self._picks = len(choices), len(picks)
-        return True
+                return None
+            dear.append(here)
+        if any(pick.smallest(self.setting) != pick.smallest(self.planned) for pick in passes.about.picks):
+            return None
+        return self._evaluate(self.recipes.of(passes), passes, tuple(dear))
 
-    def _evaluate(self, recipe: _Recipe, passes: Passes) -> Counted:
-        measures = self.model.recipes.measures
+    def _chosen(self, choice: DearChoice | DearRows) -> DearChoice | DearRows | None:
+        if id(choice) not in self._choices:
+            self._choices[id(choice)] = choice, _chosen_alike(choice, self.setting)
+        return self._choices[id(choice)][1]
+
+    def _evaluate(self, recipe: _Recipe, passes: Passes, dear: Dear) -> Counted:
+        measures = self.recipes.measures
         if len(self._sizes) < len(measures):
             self._chunks += measures.at(self.setting, self._chunks)
             self._sizes = np.concatenate(self._chunks)
@@ -85,6 +84,7 @@ class Scaled:
                 [(port, 0, int(sizes[n])) if grows else (port, int(sizes[n]), 0) for port, n, grows in kept]
             ),
             gradient_layouts=passes.counted.gradient_layouts,
+            dear=dear,
         )
 
     def _phase(self, phase: _Phase) -> Counts:
@@ -109,13 +109,21 @@ def _chosen_alike(choice: DearChoice | DearRows, setting: Setting) -> DearChoice
     return choice._replace(setting=setting) if factor is choice.factor else None
 
 
-def alike(one: Placement, other: Placement) -> bool:
-    """Whether placements of one `structure` are laid out alike at their boundaries."""
+def alike(one: Placement, other: Placement, *, stored: bool) -> bool:
+    """Whether placements of one `structure` are laid out alike at their boundaries.
+
+    Args:
+        one: a placement.
+        other: another.
+        stored: whether it matters how parameters are spread over ZeRO's axes, as it does to ZeRO 2 and 3.
+    """
     here, there = one.ports, other.ports
     return (
         one.setting.growing == other.setting.growing
         and here.outputs == there.outputs
-        and all(here.inputs(sharded=sharded) == there.inputs(sharded=sharded) for sharded in (False, True))
+        and here.inputs(sharded=False) == there.inputs(sharded=False)
+        and not (stored and here.inputs(sharded=True) != there.inputs(sharded=True))
+        and not (stored and _room_for_rows(one) != _room_for_rows(other))
     )
 
 
@@ -125,23 +133,31 @@ def structure(place: Placement) -> tuple | None:
     None for programs with loops, whose bodies are planned as often as it takes, and where too many axes may shard one
     factor to look at all their sets.
     """
-    axes, allowed, rows = place.axes.axes, place.axes.allowed, place.program.stored_rows
-    stores = place.axes.of(Role.STORAGE)
-    sharing = {
-        f: [a for a, factors in enumerate(allowed) if f in factors or (a in stores and f in rows)]
-        for f in rows.union(*allowed)
-    }
+    axes, allowed = place.axes.axes, place.axes.allowed
+    sharing = {f: [a for a, factors in enumerate(allowed) if f in factors] for f in frozenset().union(*allowed)}
     if max(map(len, sharing.values()), default=0) > MAX_SHARING or any(op.loop for op in place.program.operations):
         return None
-    room = []
+    ranks = sorted({axis.rank for axis in axes})
+    roles = tuple([(axis.role, axis.mirror, ranks.index(axis.rank)) for axis in axes])
+    return place.ports.sp_kind, allowed, roles, _room(place, sharing)
+
+
+def _room_for_rows(place: Placement) -> tuple:
+    """Which axes can shard rows that ZeRO may store apart."""
+    rows, axes = place.program.stored_rows, place.axes
+    stores = axes.of(Role.STORAGE)
+    return _room(place, {f: [a for a, fs in enumerate(axes.allowed) if f in fs or a in stores] for f in rows})
+
+
+def _room(place: Placement, sharing: Mapping[int, Sequence[int]]) -> tuple:
+    """Per factor, whether each set of axes that may share it divides it."""
+    found = []
     for factor, sharers in sorted(sharing.items()):
         ways = [1]
         for axis in sharers:
-            ways += [n * axes[axis].size for n in ways]
-        room.append(tuple([place.sizes[factor] % n == 0 for n in ways]))
-    ranks = sorted({axis.rank for axis in axes})
-    roles = tuple([(axis.role, axis.mirror, ranks.index(axis.rank)) for axis in axes])
-    return place.ports.sp_kind, allowed, roles, tuple(room)
+            ways += [n * place.axes.axes[axis].size for n in ways]
+        found.append((factor, tuple([place.sizes[factor] % n == 0 for n in ways])))
+    return tuple(found)
 
 
 class Pick(NamedTuple):

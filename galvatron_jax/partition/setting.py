@@ -65,6 +65,9 @@ class Outcome(NamedTuple):
     """Number of the instructions without sizes, see `Outlines`."""
     work: tuple[Work, ...] = ()
     """What `flops` are made of; loops' are left out."""
+    dear: tuple[DearChoice | DearRows, ...] = ()
+    """What was chosen at a cost, in loops too: at other sizes it may not be the cheapest. Not noted where
+    conversions and FLOPs alone are kept."""
 
 
 class DearChoice(NamedTuple):
@@ -106,7 +109,6 @@ class Setting:
         *,
         growing: frozenset[int] = frozenset(),
         keep: Keep = Keep.INSTRUCTIONS,
-        dear: list[DearChoice | DearRows] | None = None,
         outlines: Outlines | None = None,
     ) -> None:
         """Nothing is planned yet.
@@ -118,7 +120,6 @@ class Setting:
             allowed: per axis, the factors it may shard.
             growing: factors whose size is proportional to the micro-batch.
             keep: what is wanted of what is planned.
-            dear: where choices that cost something are noted; a list of its own otherwise.
             outlines: what is known of programs that come out; nothing otherwise.
         """
         self.program, self.sizes, self.growing, self.keep = program, tuple(sizes), growing, keep
@@ -132,9 +133,6 @@ class Setting:
         self._bodies: dict[int, Setting] = {}
         self.moves: dict[tuple[int, Held, Layout], tuple[Outcome, int]] = {}
         """Conversions by value, state and target, with the version that each makes."""
-        self.dear: list[DearChoice | DearRows] = [] if dear is None else dear
-        """What was chosen at a cost, in loops too: at another micro-batch it may not be the cheapest. Not noted where
-        conversions and FLOPs alone are kept."""
         self.outlines = Outlines() if outlines is None else outlines
         self._elsewhere: dict[tuple[int, ...], Setting] = {}
         self._states: dict[tuple, Held] = {}
@@ -156,7 +154,7 @@ class Setting:
         if op.index not in self._bodies:
             assert op.body is not None
             self._bodies[op.index] = Setting(
-                op.body, self.sizes, self.axes, self.allowed, growing=self.growing, keep=self.keep, dear=self.dear,
+                op.body, self.sizes, self.axes, self.allowed, growing=self.growing, keep=self.keep,
                 outlines=self.outlines,
             )  # fmt: skip
         return self._bodies[op.index]
