@@ -14,7 +14,7 @@ def scattered_late(sizes: Mapping[int, int]) -> frozenset[int]:
         sizes: local bytes of gradients by port, in the order in which they are made.
     """
     room, late = sum(sizes.values()) // 2, list[int]()
-    for port, size in reversed(sizes.items()):
+    for port, size in reversed(list(sizes.items())):
         room -= size
         if late and room < 0:
             break
