@@ -14,8 +14,8 @@ from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Step
 from galvatron_jax.partition.liveness import Where
 from galvatron_jax.partition.placement import Counted, Placement
 from galvatron_jax.partition.planner import Pass
-from galvatron_jax.partition.remat import Split, split
-from galvatron_jax.partition.scaled import Pick, Recipes, Scaled, alike, structure
+from galvatron_jax.partition.remat import Split, plainest, split
+from galvatron_jax.partition.scaled import MAX_MODELS, Pick, Recipes, Scaled, alike, structure
 from galvatron_jax.partition.scatters import scattered_late
 from galvatron_jax.partition.series import LayerSeries
 from galvatron_jax.partition.setting import Held, Keep
@@ -253,9 +253,10 @@ class Context(Placement):
 
     def counted(self, zero: int, remat: Remat) -> Counted:
         """What the passes at a ZeRO stage with a remat policy count for."""
-        key = zero, remat
+        # ZeRO 1 has the passes of 0.
+        key = 0 if zero == 1 else zero, plainest(self.static, remat)
         if key not in self._counted:
-            self._counted[key] = self._followed(zero, remat) or self._lead(zero, remat)
+            self._counted[key] = self._followed(*key) or self._lead(*key)
         return self._counted[key]
 
     def _followed(self, zero: int, remat: Remat) -> Counted | None:
@@ -280,7 +281,7 @@ class Context(Placement):
         return self._scaled[id(model)]
 
     def _lead(self, zero: int, remat: Remat) -> Counted:
-        if not self.led:
+        if not self.led and len(self._models) < MAX_MODELS:
             self._models.append(self)
         passes = self.led[zero, remat] = self.passes(zero, remat)
         return passes.counted

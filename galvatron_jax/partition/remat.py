@@ -29,6 +29,19 @@ def split(static: StaticKind, remat: Remat) -> Split:
     return static.memo.splits.get(remat, lambda: _split(static, remat))
 
 
+def plainest(static: StaticKind, remat: Remat) -> Remat:
+    """The first policy that keeps and repeats the same."""
+    known = static.memo.plainest
+    if remat not in known:
+        key = split(static, remat).key
+        known[remat] = next(
+            policy
+            for policy in Remat
+            if (policy is Remat.NONE) == (remat is Remat.NONE) and split(static, policy).key == key
+        )
+    return known[remat]
+
+
 def _split(static: StaticKind, remat: Remat) -> Split:
     gradients = [p.gradient for p in static.kind.inputs if p.gradient is not None]
     candidates = _candidates(static, remat)

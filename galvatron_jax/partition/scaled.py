@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 MAX_SHARING = 5
 """Axes that may shard one factor where contexts follow others."""
+MAX_MODELS = 16
+"""Contexts of one structure that others follow."""
 
 
 class Scaled:

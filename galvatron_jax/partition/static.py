@@ -229,6 +229,8 @@ class Memo:
     """Hidden factors by tensor axes."""
     splits: Recent = field(default_factory=lambda: Recent(len(Remat)))
     """Forward and backward programs by remat policy."""
+    plainest: dict[Remat, Remat] = field(default_factory=dict)
+    """By remat policy, the first that comes to the same."""
     affine: dict[frozenset[int], bool] = field(default_factory=dict)
     """Whether all grows in proportion to the micro-batch or not at all, by growing factors."""
     contexts: Recent = field(default_factory=lambda: Recent(MAX_CONTEXTS))
