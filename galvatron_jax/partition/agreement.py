@@ -14,14 +14,15 @@ from galvatron_jax.partition.strategy_axes import plan_axes
 from galvatron_jax.spec.strategy import LayerStrategy
 
 Dear = tuple[DearChoice | DearRows, ...]
+"""What was chosen at a cost."""
 
 
 class Agreement:
     """Where plans made in a setting hold as well.
 
-    Sizes decide what an axis can shard, by divisibility, and which factor is the cheapest. The first is asked at every
-    micro-batch. The second, of choices that move bytes (what is free is free at any size), at one end: at the other end
-    the choice was made, and costs are affine.
+    Sizes decide what an axis can shard, by divisibility, which factor is the cheapest, and whether rows of tables are
+    worked on where they are stored. The first is asked at every micro-batch. The others, of choices that move bytes
+    (what is free is free at any size), at one end: at the other end the choice was made, and costs are affine.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from galvatron_jax.partition.counts import NONE, Counts, Tally
+from galvatron_jax.partition.in_a_row import InARow
 from galvatron_jax.partition.instructions import Instruction, Residual, Version
 from galvatron_jax.partition.layer_plan import BoundarySpec, LayerPlan
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Step
@@ -21,7 +22,6 @@ from galvatron_jax.partition.series import LayerSeries
 from galvatron_jax.partition.setting import Held, Keep
 from galvatron_jax.partition.static import StaticKind, prepare_kind
 from galvatron_jax.partition.strategy_axes import AxisPlan
-from galvatron_jax.partition.through import InARow
 from galvatron_jax.spec.model import InputPort, LayerKind, PortRole
 from galvatron_jax.spec.strategy import LayerStrategy, Remat
 
@@ -231,8 +231,8 @@ class Context(Placement):
         super().__init__(static, strategy, mesh, microbatch=microbatch, traced_at=traced_at, keep=keep)
         self.led: dict[tuple[int, Remat], Passes] = {}
         """Passes that others may follow, by ZeRO stage and remat policy."""
-        self._models: list[Context] = []
-        """Contexts of its structure that lead others."""
+        self._models: list[Context] | None = None
+        """Contexts of its structure that lead others; None where none can follow."""
         self._scaled: dict[int, Scaled] = {}
         """By the identity of a model."""
         self._alike: dict[tuple[int, bool], bool] = {}
@@ -261,7 +261,7 @@ class Context(Placement):
 
     def _followed(self, zero: int, remat: Remat) -> Counted | None:
         """As it follows from a model's; None where no model has such passes, or all would choose otherwise here."""
-        for model in self._models:
+        for model in self._models or ():
             passes = model.led.get((zero, remat))
             if passes is not None and self._is_alike(model, stored=zero >= 2):
                 found = self._scaled_from(model).counted(passes)
@@ -281,7 +281,7 @@ class Context(Placement):
         return self._scaled[id(model)]
 
     def _lead(self, zero: int, remat: Remat) -> Counted:
-        if not self.led and len(self._models) < MAX_MODELS:
+        if self._models is not None and not self.led and len(self._models) < MAX_MODELS:
             self._models.append(self)
         passes = self.led[zero, remat] = self.passes(zero, remat)
         return passes.counted

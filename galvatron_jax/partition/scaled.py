@@ -1,7 +1,8 @@
 """Passes over a layer at other sizes of its axes than those at which they were planned.
 
-How many devices an axis has decides little: what it can shard, by divisibility, and which factor is the cheapest where
-each moves bytes. Where both come out as they did at the sizes planned, the passes are the same, and what they count for
+How many devices an axis has decides little: what it can shard, by divisibility; which factor is the cheapest where
+each moves bytes; whether rows of tables are worked on where they are stored; and which of a value's versions is the
+smallest. Where all that comes out as it did at the sizes planned, the passes are the same, and what they count for
 follows from the sizes of what they handle: no operation is looked at again.
 """
 
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from galvatron_jax.partition.layers import Passes
 
 
-MAX_SHARING = 5
-"""Axes that may shard one factor where contexts follow others."""
+MAX_SHARING = 6
+"""Axes that may shard one factor where contexts follow others, ZeRO's among them."""
 MAX_MODELS = 16
 """Contexts of one structure that others follow."""
 
@@ -125,30 +126,31 @@ def alike(one: Placement, other: Placement, *, stored: bool) -> bool:
         and here.outputs == there.outputs
         and here.inputs(sharded=False) == there.inputs(sharded=False)
         and not (stored and here.inputs(sharded=True) != there.inputs(sharded=True))
-        and not (stored and _room_for_rows(one) != _room_for_rows(other))
+        and not (stored and _room(one, _sharing_rows(one)) != _room(other, _sharing_rows(other)))
     )
 
 
 def structure(place: Placement) -> tuple | None:
     """Roles of axes, and which can shard what: placements of one structure may be `alike`.
 
-    None for programs with loops, whose bodies are planned as often as it takes, and where too many axes may shard one
-    factor to look at all their sets.
+    None for programs with loops, whose bodies are planned as often as it takes; where too many axes may shard one
+    factor to look at all their sets; and where an axis has one device, for which all is free, so nothing asked again.
     """
     axes, allowed = place.axes.axes, place.axes.allowed
     sharing = {f: [a for a, factors in enumerate(allowed) if f in factors] for f in frozenset().union(*allowed)}
-    if max(map(len, sharing.values()), default=0) > MAX_SHARING or any(op.loop for op in place.program.operations):
+    most = max(map(len, [*sharing.values(), *_sharing_rows(place).values()]), default=0)
+    if most > MAX_SHARING or any(op.loop for op in place.program.operations) or any(axis.size == 1 for axis in axes):
         return None
     ranks = sorted({axis.rank for axis in axes})
     roles = tuple([(axis.role, axis.mirror, ranks.index(axis.rank)) for axis in axes])
     return place.ports.sp_kind, allowed, roles, _room(place, sharing)
 
 
-def _room_for_rows(place: Placement) -> tuple:
-    """Which axes can shard rows that ZeRO may store apart."""
+def _sharing_rows(place: Placement) -> dict[int, list[int]]:
+    """The axes that may shard rows which ZeRO may store apart, its own among them."""
     rows, axes = place.program.stored_rows, place.axes
     stores = axes.of(Role.STORAGE)
-    return _room(place, {f: [a for a, fs in enumerate(axes.allowed) if f in fs or a in stores] for f in rows})
+    return {f: [a for a, factors in enumerate(axes.allowed) if f in factors or a in stores] for f in rows}
 
 
 def _room(place: Placement, sharing: Mapping[int, Sequence[int]]) -> tuple:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
 from galvatron_jax.partition import layers
-from galvatron_jax.partition.layers import plan_series
+from galvatron_jax.partition.layers import plan_layer, plan_series
 from galvatron_jax.partition.scaled import Scaled
 from galvatron_jax.partition.series import LayerSeries
 from galvatron_jax.partition.static import prepare_kind
 from galvatron_jax.search.space import Rule, SearchSpace
 from galvatron_jax.spec.model import LayerKind
 from galvatron_jax.spec.plan import MeshAxis
-from galvatron_jax.spec.strategy import LayerStrategy
+from galvatron_jax.spec.strategy import LayerStrategy, SequenceParallel
 from tests.runtime.matrix import MICROBATCH, traced
 
 FIRST = {"a": 2, "b": 2}
@@ -62,8 +62,8 @@ def test_passes_that_are_followed_are_those_planned_by_themselves(
             series(shared, strategy, FIRST, 8)
         for mesh in OTHERS:
             alone = kind.model_copy()
-            # Of several hundred, some of each sort of axes.
-            for strategy in strategies(kind, mesh, 64)[::5]:
+            # Of several hundred, some of each sort of axes; 9 goes round policies and stages, too.
+            for strategy in strategies(kind, mesh, 64)[::9]:
                 found = content(series(shared, strategy, mesh, 64))
                 with monkeypatch.context() as patch:
                     patch.setattr(layers, "structure", lambda place: None)
@@ -81,6 +81,31 @@ def test_a_choice_that_comes_out_otherwise_is_planned_by_itself(followed: Counte
                 for sizes in ((48,), (1,)):
                     plan_series(kind, strategy, mesh=mesh, microbatches=sizes, model_microbatch=MICROBATCH)
     assert set(followed) == {False, True}
+
+
+def test_an_axis_of_one_device_tells_nothing_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For it all is free: a Swin block that merges patches chose otherwise over two devices, unasked."""
+    strategy = LayerStrategy(dp=("a",), sp=("b", "c"), sp_kind=SequenceParallel.ULYSSES, zero=2)
+    for kind in traced("swin").spec.kinds:
+        shared, alone, mesh = kind.model_copy(), kind.model_copy(), {"a": 2, "b": 2, "c": 4}
+        series(shared, strategy, {"a": 2, "b": 1, "c": 8}, 24)
+        found = content(series(shared, strategy, mesh, 24))
+        with monkeypatch.context() as patch:
+            patch.setattr(layers, "structure", lambda place: None)
+            assert found == content(series(alone, strategy, mesh, 24)), kind.name
+
+
+def test_what_follows_is_what_would_run() -> None:
+    for kind in traced("llama").spec.kinds:
+        shared, mesh = kind.model_copy(), {"a": 4, "b": 2}
+        for strategy in strategies(kind, FIRST, 8):
+            series(shared, strategy, FIRST, 8)
+        for strategy in strategies(kind, mesh, 64)[::7]:
+            planned = plan_layer(kind, strategy, mesh=mesh, microbatch=64, model_microbatch=MICROBATCH)
+            last = series(shared, strategy, mesh, 64)[0].at(64)
+            assert last.forward == replace(planned.forward, instructions=()), strategy.short()
+            assert last.backward == replace(planned.backward, instructions=()), strategy.short()
+            assert last.residual_bytes == planned.residual_bytes
 
 
 def test_models_go_with_their_kind() -> None:
