@@ -411,7 +411,6 @@ class Context(Placement):
             backward.convert(gradient, self._gradient_layout(backward, inputs[i], port, gradient, scatter=scatter))
             for i, port, gradient in self.gradients
         )
-        handed = frozenset(gradients)
         onward = frozenset(
             version
             for version, (_, port, _) in zip(gradients, self.gradients, strict=True)
@@ -435,39 +434,28 @@ class Context(Placement):
             unscattered_bytes=sum([sizes[port] for port in late]),
             through_peaks=about.in_a_row.peaks() if about.in_a_row is not None else (),
         )
+        read = counts.read | frozenset(gradients)
         kept = tuple(
             [
                 (value, number, position)
                 for value, numbers in through.versions.items()
                 for position, number in enumerate(numbers)
-                if (value, position) in counts.read or (value, position) in handed
+                if (value, position) in read
             ]
         )
         reads = frozenset(
             i
             for i, port in enumerate(self.kind.inputs)
-            if any(
-                (port.value, version) in counts.read or (port.value, version) in handed
-                for version in range(len(backward.held[port.value].layouts))
-            )
+            if any((port.value, version) in read for version in range(len(backward.held[port.value].layouts)))
         )
-        residual_bytes = [0, 0]
-        for value, number, _ in kept:
-            residual_bytes[forward.grows(value)] += int(forward.local_bytes(value, number))
-        inputs_kept = []
-        for index in sorted(reads):
-            port = self.kind.inputs[index]
-            if port.role is PortRole.ACTIVATION:
-                size, grows = int(backward.local_bytes(port.value)), backward.grows(port.value)
-                residual_bytes[grows] += size
-                inputs_kept.append((index, 0 if grows else size, size if grows else 0))
+        residual_bytes, kept_inputs = self._waiting(forward, backward, kept, reads)
         return Passes(
             forward=forward,
             backward=backward,
             counted=Counted(
                 counts=(through.counts, counts),
-                residual_bytes=(residual_bytes[0], residual_bytes[1]),
-                kept_inputs=tuple(inputs_kept),
+                residual_bytes=residual_bytes,
+                kept_inputs=kept_inputs,
                 gradient_layouts=tuple([backward.held[value].layouts[number] for value, number in gradients]),
                 dear=(*forward.dear, *backward.dear),
             ),
@@ -478,6 +466,22 @@ class Context(Placement):
             scattered_at_once=frozenset(sizes) - late,
             about=about,
         )
+
+    def _waiting(
+        self, forward: Pass, backward: Pass, kept: Sequence[tuple[int, int, int]], reads: frozenset[int]
+    ) -> tuple[tuple[int, int], tuple[tuple[int, int, int], ...]]:
+        """Bytes of what waits for backward, of values and of inputs, and those of each input; see `Counted`."""
+        total = [0, 0]
+        for value, number, _ in kept:
+            total[forward.grows(value)] += int(forward.local_bytes(value, number))
+        inputs = []
+        for index in sorted(reads):
+            port = self.kind.inputs[index]
+            if port.role is PortRole.ACTIVATION:
+                size, grows = int(backward.local_bytes(port.value)), backward.grows(port.value)
+                total[grows] += size
+                inputs.append((index, 0 if grows else size, size if grows else 0))
+        return (total[0], total[1]), tuple(inputs)
 
     def _given(self, through: Through, *, repeats: bool) -> list[Tally]:
         """What backward finds in memory beside all that forward kept: cotangents, and its part of loops' arrays.
