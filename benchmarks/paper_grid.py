@@ -113,6 +113,7 @@ class Remembering:
 
     plan_layer = staticmethod(partition.plan_layer)
     boundary_collectives = staticmethod(partition.boundary_collectives)
+    distinct_remats = staticmethod(partition.distinct_remats)
     found: dict[tuple, tuple[LayerSeries, ...]] = field(default_factory=dict)
 
     def plan_series(

@@ -135,6 +135,6 @@ def timed_loop(
     storage = Storage((), {}, {}, {})
     ordered = orders_dims(jax.devices()[0])
     executor = LoneExecutor(
-        traced, [run], Layouts(mesh, specs, whole), storage, [Repeats.of(strategy)], ordered=ordered
+        traced, [run], Layouts(mesh, specs, whole), storage, [Repeats.of(local.static, strategy)], ordered=ordered
     )
     return TimedLoop(executor, run)

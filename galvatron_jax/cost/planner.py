@@ -12,7 +12,7 @@ from galvatron_jax.partition.layer_plan import BoundarySpec, Collective, LayerPl
 from galvatron_jax.partition.series import LayerSeries
 from galvatron_jax.spec.model import LayerKind, ModelSpec
 from galvatron_jax.spec.plan import MeshAxis
-from galvatron_jax.spec.strategy import LayerStrategy
+from galvatron_jax.spec.strategy import LayerStrategy, Remat
 
 
 class Planner(Protocol):
@@ -34,6 +34,10 @@ class Planner(Protocol):
         model_microbatch: int,
     ) -> tuple[LayerSeries, ...]:
         """The same for several global micro-batches, ascending, without instructions."""
+        ...
+
+    def distinct_remats(self, kind: LayerKind, policies: tuple[Remat, ...]) -> tuple[Remat, ...]:
+        """Of some policies, those that differ in what a layer keeps and repeats; of equal ones the first."""
         ...
 
     def boundary_collectives(

@@ -290,9 +290,9 @@ class Context(Placement):
 
     def plan(self, zero: int, remat: Remat) -> LocalPlan:
         """The layer's plan at a ZeRO stage with a remat policy."""
-        key = zero, remat
+        key = zero, plainest(self.static, remat)
         if key not in self._plans:
-            self._plans[key] = self._plan(zero, remat)
+            self._plans[key] = self._plan(*key)
         return self._plans[key]
 
     def _plan(self, zero: int, remat: Remat) -> LocalPlan:

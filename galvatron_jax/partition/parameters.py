@@ -22,7 +22,12 @@ from galvatron_jax.partition.layout import (
 )
 from galvatron_jax.partition.lookups import Home
 from galvatron_jax.partition.static import StaticKind
-from galvatron_jax.partition.strategy_axes import SMALL_PARAMETER_ELEMENTS, AxisPlan, parameter_layout
+from galvatron_jax.partition.strategy_axes import (
+    SMALL_PARAMETER_ELEMENTS,
+    SMALL_TABLE_ELEMENTS,
+    AxisPlan,
+    parameter_layout,
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,10 @@ class Storage:
         self._parameters: dict[tuple[int, int, Layout | None], StoredParameter] = {}
 
     def layout(self, value: int, *, sharded: bool) -> Layout:
-        """A parameter as it is stored: tensor axes on its hidden factor, and ZeRO's on the largest other one."""
+        """A parameter as it is stored: tensor axes on its hidden factor, and ZeRO's on the largest one with room.
+
+        So which one does not hang on how many devices the tensor axes have.
+        """
         key = value, sharded
         if key not in self._layouts:
             whole = parameter_layout(self.static, value, self.axes)
@@ -54,16 +62,16 @@ class Storage:
 
     def _sharded(self, value: int, whole: Layout) -> Layout:
         positions, layout = self.program.positions[value], list(whole)
-        if math.prod(self.sizes[f] for f in positions) < SMALL_PARAMETER_ELEMENTS:
+        least = SMALL_TABLE_ELEMENTS if value in self.static.tables else SMALL_PARAMETER_ELEMENTS
+        if math.prod(self.sizes[f] for f in positions) < least:
             return whole
         for index in self.axes.of(Role.STORAGE):
             size = self.axes.axes[index].size
             room = []
             for position, factor in enumerate(positions):
                 here = [a for a, at in zip(self.axes.axes, layout, strict=True) if at == position]
-                left = self.sizes[factor] // math.prod(a.size for a in here)
-                if left % size == 0:
-                    room.append((any(a.role is Role.STORAGE for a in here), left, -position))
+                if self.sizes[factor] // math.prod([a.size for a in here]) % size == 0:
+                    room.append((any(a.role is Role.STORAGE for a in here), self.sizes[factor], -position))
             if room:
                 layout[index] = -max(room)[2]
         return tuple(layout)

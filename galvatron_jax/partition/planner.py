@@ -30,55 +30,56 @@ class Pass:
         self.held: dict[int, Held] = setting.initial()
         self.homes: Mapping[int, Home] = {}
         """By operation, where gradients are to end up that it may make there."""
-        self._outcomes: list[Outcome] = []
+        self.outcomes: list[Outcome] = []
+        """What was planned so far."""
 
     def fork(self) -> Pass:
         """A pass that goes on from here by itself."""
         other = Pass(self.setting)
-        other.held, other.homes, other._outcomes = dict(self.held), self.homes, list(self._outcomes)
+        other.held, other.homes, other.outcomes = dict(self.held), self.homes, list(self.outcomes)
         return other
 
     @property
     def length(self) -> int:
         """How much was planned so far."""
-        return len(self._outcomes)
+        return len(self.outcomes)
 
     @property
     def instructions(self) -> tuple[Instruction, ...]:
         """All so far."""
-        return tuple(chain.from_iterable([outcome.instructions for outcome in self._outcomes]))
+        return tuple(chain.from_iterable([outcome.instructions for outcome in self.outcomes]))
 
     @property
     def tallies(self) -> tuple[Tally, ...]:
         """Per instruction, what it counts for."""
-        return tuple(chain.from_iterable([outcome.tallies for outcome in self._outcomes]))
+        return tuple(chain.from_iterable([outcome.tallies for outcome in self.outcomes]))
 
     @property
     def forms(self) -> Forms:
         """The instructions without sizes."""
-        return tuple([outcome.form for outcome in self._outcomes if outcome.form])
+        return tuple([outcome.form for outcome in self.outcomes if outcome.form])
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
         """Why operations are sharded as they are, where that costs something."""
-        return tuple(chain.from_iterable([outcome.decisions for outcome in self._outcomes]))
+        return tuple(chain.from_iterable([outcome.decisions for outcome in self.outcomes]))
 
     @property
     def dear(self) -> tuple[DearChoice | DearRows, ...]:
         """What was chosen at a cost, each once."""
-        found = chain.from_iterable([outcome.dear for outcome in self._outcomes if outcome.dear])
+        found = chain.from_iterable([outcome.dear for outcome in self.outcomes if outcome.dear])
         return tuple({id(choice): choice for choice in found}.values())
 
     @property
     def work(self) -> tuple[Work, ...]:
         """Operations with FLOPs, and the axes that share out those of each."""
-        return tuple(chain.from_iterable([outcome.work for outcome in self._outcomes]))
+        return tuple(chain.from_iterable([outcome.work for outcome in self.outcomes]))
 
     @property
     def flops(self) -> Amount:
         """Local FLOPs of one device."""
         stays = grows = 0.0
-        for flops in [outcome.flops for outcome in self._outcomes if outcome.flops is not NONE]:
+        for flops in [outcome.flops for outcome in self.outcomes if outcome.flops is not NONE]:
             stays += flops[0]
             grows += flops[1]
         return stays, grows
@@ -131,7 +132,7 @@ class Pass:
 
     def run(self, operations: Iterable[StaticOp]) -> None:
         """Plans operations in order; what the setting knows is not planned again."""
-        held, outcomes, done, homes = self.held, self.setting.outcomes, self._outcomes, self.homes
+        held, outcomes, done, homes = self.held, self.setting.outcomes, self.outcomes, self.homes
         for op in operations:
             states: tuple = tuple([held[value] for value in op.operands])
             rows = self._scatter_rows(op, states) if op.scatter_rows or op.scatter_alike else {}
@@ -145,7 +146,7 @@ class Pass:
 
     def _take(self, outcome: Outcome) -> None:
         self.held.update(outcome.held)
-        self._outcomes.append(outcome)
+        self.outcomes.append(outcome)
 
     def _plan(
         self,

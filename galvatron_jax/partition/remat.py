@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from galvatron_jax.partition.static import StaticKind, StaticOp
+from galvatron_jax.partition.static import StaticKind, StaticOp, prepare_kind
+from galvatron_jax.spec.model import LayerKind
 from galvatron_jax.spec.program import FactorRole
 from galvatron_jax.spec.strategy import Remat
 
@@ -30,16 +31,20 @@ def split(static: StaticKind, remat: Remat) -> Split:
 
 
 def plainest(static: StaticKind, remat: Remat) -> Remat:
-    """The first policy that keeps and repeats the same."""
+    """The first policy that keeps and repeats the same; what repeats nothing is no rematerialisation."""
     known = static.memo.plainest
     if remat not in known:
         key = split(static, remat).key
-        known[remat] = next(
-            policy
-            for policy in Remat
-            if (policy is Remat.NONE) == (remat is Remat.NONE) and split(static, policy).key == key
-        )
+        known[remat] = next(policy for policy in Remat if split(static, policy).key == key)
     return known[remat]
+
+
+def distinct_remats(kind: LayerKind, policies: Sequence[Remat]) -> tuple[Remat, ...]:
+    """Of some policies, those that differ in what a layer keeps and repeats; of equal ones the first."""
+    static, found = prepare_kind(kind), dict[Remat, Remat]()
+    for policy in policies:
+        found.setdefault(plainest(static, policy), policy)
+    return tuple(found.values())
 
 
 def _split(static: StaticKind, remat: Remat) -> Split:
@@ -78,7 +83,7 @@ def _candidates(static: StaticKind, remat: Remat) -> set[int]:
     if remat is Remat.ATTENTION:
         kept = {v for v in kept if not _is_quadratic(static, v)}
     seeds = {p.cotangent for p in static.kind.outputs}
-    return kept - inputs - static.fixed - recomputed - seeds
+    return kept - inputs - static.fixed - static.indices - recomputed - seeds
 
 
 def _is_quadratic(static: StaticKind, value: int) -> bool:

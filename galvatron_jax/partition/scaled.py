@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from galvatron_jax.partition.operations import asked_again
 from galvatron_jax.partition.placement import Counted, Placement
 from galvatron_jax.partition.planner import Pass
 from galvatron_jax.partition.scatters import scattered_late
-from galvatron_jax.partition.setting import DearChoice, DearRows, Held, Setting
+from galvatron_jax.partition.setting import DearChoice, DearRows, Held, Outcome, Setting
 
 if TYPE_CHECKING:
     from galvatron_jax.partition.layers import Passes
@@ -147,20 +148,23 @@ def structure(place: Placement) -> tuple | None:
 
 
 def _sharing_rows(place: Placement) -> dict[int, list[int]]:
-    """The axes that may shard rows which ZeRO may store apart, its own among them."""
-    rows, axes = place.program.stored_rows, place.axes
-    stores = axes.of(Role.STORAGE)
+    """The axes that may shard rows which ZeRO stores apart, its own among them."""
+    axes, layout = place.axes, place.storage.layout
+    stores, positions = axes.of(Role.STORAGE), place.program.positions
+    apart = [v for v in place.static.parameter_values if layout(v, sharded=True) != layout(v, sharded=False)]
+    rows = place.program.stored_rows & {factor for value in apart for factor in positions[value]}
     return {f: [a for a, factors in enumerate(axes.allowed) if f in factors or a in stores] for f in rows}
 
 
 def _room(place: Placement, sharing: Mapping[int, Sequence[int]]) -> tuple:
-    """Per factor, whether each set of axes that may share it divides it."""
-    found = []
+    """Per factor, whether each set of axes that may share it divides it; no axis shares with its own devices."""
+    found, axes = [], place.axes.axes
     for factor, sharers in sorted(sharing.items()):
-        ways = [1]
+        ways: list[tuple[int, frozenset[int]]] = [(1, frozenset())]
         for axis in sharers:
-            ways += [n * place.axes.axes[axis].size for n in ways]
-        found.append((factor, tuple([place.sizes[factor] % n == 0 for n in ways])))
+            size, mirror = axes[axis].size, axes[axis].mirror
+            ways += [(n * size, others | {axis}) for n, others in ways if mirror not in others]
+        found.append((factor, tuple([place.sizes[factor] % n == 0 for n, _ in ways])))
     return tuple(found)
 
 
@@ -360,6 +364,17 @@ class _Recipe:
     """Input port, measure, and whether it grows."""
 
 
+class _Share(NamedTuple):
+    """What one operation adds to a pass."""
+
+    outcome: Outcome
+    made: tuple[tuple[int, ...], ...]
+    """Per instruction, the measures of what it makes."""
+    moved: tuple[list[int], list[int]]
+    """Measures of what it reads and does not fuse with: of what stays, and of what grows."""
+    sent: tuple[_Message, ...]
+
+
 class Recipes:
     """What the passes in a context count for, at any sizes."""
 
@@ -373,6 +388,8 @@ class Recipes:
         self.setting, self.inputs, self.measures = setting, inputs, _Measures(setting)
         self._phases: dict[int, tuple[Counts, _Phase]] = {}
         self._recipes: dict[int, tuple[Passes, _Recipe]] = {}
+        self._shares: dict[int, _Share] = {}
+        """By the identity of what was planned of an operation."""
 
     def of(self, passes: Passes) -> _Recipe:
         """The recipe of both passes."""
@@ -418,25 +435,34 @@ class Recipes:
     ) -> _Phase:
         tallies, outlines = run.tallies, self.setting.outlines
         results, _ = outlines.moving(tallies, run.forms)
-        whole = [*given, *tallies]
-        made = self._made(run, whole)
+        known_shares = self._shares
+        shares = [known_shares.get(id(outcome)) or self._share(run, outcome) for outcome in run.outcomes]
+        made = [*self._made(run, given), *chain.from_iterable([share.made for share in shares])]
         moved: tuple[list[int], list[int]] = [], []
         for index, place in results:
             moved[tallies[index].made[place][2]].append(made[len(given) + index][place])
+        for share in shares:
+            moved[False].extend(share.moved[False])
+            moved[True].extend(share.moved[True])
         flops: tuple[list[int], list[int]] = [], []
         for operation, axes in run.work:
             grows = self.setting.points(self.setting.program.operations[operation])[1]
             flops[grows].append(self.measures.work(operation, axes))
-        sent = []
-        for tally in tallies:
-            if not tally.fused:
-                for value, version in tally.read:
-                    moved[run.grows(value)].append(self.measures.value(value, run.held[value], version))
-            if tally.sent:
-                sent.append(self._message(run, tally))
         known = outlines.lifetimes((outlines.number(given), *run.forms), handed_on, at_once)
-        program = _Program.of(whole, made, known, lambda resized: Named(resized, handed_on, at_once))
-        return _Phase(program, _pair(moved), _pair(flops), tuple(sent), counts)
+        program = _Program.of(
+            [*given, *tallies], tuple(made), known, lambda resized: Named(resized, handed_on, at_once)
+        )
+        sent = tuple(chain.from_iterable([share.sent for share in shares]))
+        return _Phase(program, _pair(moved), _pair(flops), sent, counts)
+
+    def _share(self, run: Pass, outcome: Outcome) -> _Share:
+        """What an operation adds to a pass: the same in all, which share outcomes."""
+        moved: tuple[list[int], list[int]] = [], []
+        for value, version in chain.from_iterable([tally.read for tally in outcome.tallies if not tally.fused]):
+            moved[run.grows(value)].append(self.measures.value(value, run.held[value], version))
+        sent = tuple([self._message(run, tally) for tally in outcome.tallies if tally.sent])
+        share = self._shares[id(outcome)] = _Share(outcome, self._made(run, outcome.tallies), moved, sent)
+        return share
 
     def _made(self, run: Pass, tallies: Sequence[Tally]) -> tuple[tuple[int, ...], ...]:
         held, number = run.held, self.measures.value

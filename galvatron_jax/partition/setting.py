@@ -11,6 +11,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import NamedTuple
 
 from galvatron_jax.partition.counts import NONE, Amount, Tally, collectives
@@ -127,8 +128,6 @@ class Setting:
         self.axis_sizes = tuple(axis.size for axis in axes)
         self.nowhere: Layout = (NOWHERE,) * len(self.axes)
         self.allowed = tuple(allowed)
-        self.outcomes: list[dict[tuple, Outcome]] = [{} for _ in program.operations]
-        """Per operation, by the states of its operands."""
         self._shared: dict[tuple, dict[tuple, Outcome]] = {}
         self._bodies: dict[int, Setting] = {}
         self.moves: dict[tuple[int, Held, Layout], tuple[Outcome, int]] = {}
@@ -138,6 +137,11 @@ class Setting:
         self._states: dict[tuple, Held] = {}
         self._bytes: dict[tuple[int, Held, int], float] = {}
         self._points: dict[int, tuple[float, bool]] = {}
+
+    @cached_property
+    def outcomes(self) -> list[dict[tuple, Outcome]]:
+        """Per operation, by the states of its operands. Many settings are only asked questions, and have none."""
+        return [{} for _ in self.program.operations]
 
     def allowing(self, allowed: Sequence[frozenset[int]]) -> Setting:
         """The same with other factors allowed; all that come from one setting share what does not depend on these."""

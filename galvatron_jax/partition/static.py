@@ -129,11 +129,18 @@ class StaticProgram:
 
         A batch dim that the layer takes apart grows in one of its factors; whole ones are the batch each.
         """
-        return frozenset(
-            index
-            for index, factor in enumerate(self.program.factors)
-            if factor.role is FactorRole.BATCH and (factor.size == traced_at or index == batch_factor)
-        )
+        key = batch_factor, traced_at
+        if key not in self._growing:
+            self._growing[key] = frozenset(
+                index
+                for index, factor in enumerate(self.program.factors)
+                if factor.role is FactorRole.BATCH and (factor.size == traced_at or index == batch_factor)
+            )
+        return self._growing[key]
+
+    @cached_property
+    def _growing(self) -> dict[tuple[int | None, int], frozenset[int]]:
+        return {}
 
 
 def prepare(program: Program) -> StaticProgram:
@@ -255,6 +262,8 @@ class StaticKind:
     """Operations that depend on a cotangent."""
     fixed: frozenset[int]
     """Values that depend on parameters and constants alone: never worth keeping."""
+    indices: frozenset[int]
+    """Integers that work which fuses with what reads them makes of the batch's: no more worth keeping."""
     producer: dict[int, int]
     """Operation that makes each value."""
     table_gradients: dict[int, int]
@@ -262,6 +271,11 @@ class StaticKind:
     type."""
     memo: Memo = field(default_factory=Memo, repr=False)
     """What was planned before."""
+
+    @cached_property
+    def tables(self) -> frozenset[int]:
+        """Parameters in which rows are looked up, as far as their gradients add up rows."""
+        return frozenset(self.kind.inputs[port].value for port in self.table_gradients.values())
 
     def is_affine(self, growing: frozenset[int]) -> bool:
         """Whether every value and all work is fixed or proportional to the micro-batch, and parameters are fixed."""
@@ -304,9 +318,21 @@ def _prepare_kind(kind: LayerKind) -> StaticKind:
         parameter_values=frozenset(kind.inputs[i].value for i in parameters),
         gradient_operations=frozenset(gradient),
         fixed=frozenset(fixed),
+        indices=_indices(kind, program.operations),
         producer=producer,
         table_gradients=_table_gradients(kind, program.operations, producer),
     )
+
+
+def _indices(kind: LayerKind, operations: Sequence[StaticOp]) -> frozenset[int]:
+    values = kind.program.values
+    whole = {index for index, value in enumerate(values) if value.dtype == "bool" or "int" in value.dtype}
+    given = [port.value for port in kind.inputs if port.role is PortRole.BATCH]
+    known = whole & {*given, *kind.program.constants}
+    for op in operations:
+        if op.place <= Where.FUSED and known.issuperset(op.operands) and whole.issuperset(op.results):
+            known.update(op.results)
+    return frozenset(known)
 
 
 def _table_gradients(kind: LayerKind, operations: Sequence[StaticOp], producer: dict[int, int]) -> dict[int, int]:

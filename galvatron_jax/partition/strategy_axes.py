@@ -21,6 +21,9 @@ best of them saves."""
 
 SMALL_PARAMETER_ELEMENTS = 256
 """ZeRO leaves smaller parameters whole: a gather's latency costs more than their bytes."""
+SMALL_TABLE_ELEMENTS = 4096
+"""Tables in which rows are looked up (relative positions, say) stay whole below this: looking up where they are stored
+costs two collectives."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,18 @@ def plan_axes(static: StaticKind, strategy: LayerStrategy, mesh: Mapping[str, in
     axes: list[Axis] = []
     allowed: list[frozenset[int]] = []
 
-    def add(role: Role, names: Sequence[str], factors: Iterable[int]) -> None:
-        found = frozenset(factors)
-        for group in _groups(names, mesh, [sizes[f] for f in found]):
+    def add(role: Role, names: Sequence[str], factors: frozenset[int], needed: frozenset[int]) -> None:
+        for group in _groups(names, mesh, [sizes[f] for f in needed]):
             axes.append(_axis(role, group, mesh))
-            allowed.append(found)
+            allowed.append(factors)
 
-    add(Role.DATA, strategy.dp, batch)
-    add(Role.SEQUENCE, ulysses, sequence | hidden)
+    add(Role.DATA, strategy.dp, batch, batch)
+    # Where the sequence is whole, hidden dims are sharded as tensor parallelism would: heads, not the halves of one.
+    heads = frozenset().union(*[factors for _, factors in tensor_factors(static, ulysses, mesh)])
+    others = frozenset({f for f in hidden if sizes[f] > 2})
+    add(Role.SEQUENCE, ulysses, sequence | heads | others, sequence | heads)
     for names, factors in tensor:
-        add(Role.TENSOR, names, factors | seq_tensor)
+        add(Role.TENSOR, names, factors | seq_tensor, factors | seq_tensor)
     # There at every ZeRO stage, so that all stages share passes: where nothing is stored over them they change nothing.
     for index, axis in [(i, a) for i, a in enumerate(axes) if a.role in (Role.DATA, Role.SEQUENCE)]:
         axes.append(Axis(Role.STORAGE, axis.names, axis.size, axis.rank, mirror=index))

@@ -21,6 +21,7 @@ _REMOVES = {
     Rule.TP_WITHOUT_HIDDEN: "tensor parallelism over more devices than hidden dims divide into",
     Rule.SP_WITHOUT_SEQUENCE: "sequence parallelism over more devices than the sequence divides into",
     Rule.ZERO_WITHOUT_PARAMETERS: "ZeRO for layers without parameters",
+    Rule.SAME_REMAT: "rematerialisation policies under which a layer keeps and repeats what it does under another",
     Rule.DOMINATED: "strategies that another one beats in seconds and in bytes",
     Rule.GPIPE: "GPipe where 1F1B that stashes residuals is tried too",
     Rule.WORK: "numbers of micro-batches, stages and schedules whose computation alone takes longer than the best",

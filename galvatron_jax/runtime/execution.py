@@ -19,6 +19,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from galvatron_jax.partition.boundary import boundary_steps
 from galvatron_jax.partition.layer_plan import BoundarySpec
+from galvatron_jax.partition.remat import plainest
+from galvatron_jax.partition.static import StaticKind
 from galvatron_jax.runtime.emit import LayerProgram, run_steps
 from galvatron_jax.runtime.packing import Rows
 from galvatron_jax.runtime.runs import Layouts, Run, Way
@@ -40,9 +42,9 @@ class Repeats(Enum):
     """Rematerialisation."""
 
     @staticmethod
-    def of(strategy: LayerStrategy) -> Repeats:
-        """What layers of this strategy repeat."""
-        if strategy.remat is not Remat.NONE:
+    def of(static: StaticKind, strategy: LayerStrategy) -> Repeats:
+        """What layers of a kind under a strategy repeat."""
+        if plainest(static, strategy.remat) is not Remat.NONE:
             return Repeats.WORK
         return Repeats.GATHERS if strategy.zero == 3 else Repeats.NOTHING
 
@@ -483,7 +485,7 @@ def make_executor(
     traced: Traced, plan: Plan, runs: Sequence[Run], layouts: Layouts, *, ordered: bool = True
 ) -> Executor:
     """The executor of the layers of one stage; `ordered` as it says."""
-    repeats = [Repeats.of(plan.strategies[run.start]) for run in runs]
+    repeats = [Repeats.of(run.local.static, plan.strategies[run.start]) for run in runs]
     storage = make_storage(traced, runs, unread=runs[0].start == 0)
     return Executor(traced, runs, layouts, storage, repeats, ordered)
 

@@ -7,7 +7,7 @@ import itertools
 import math
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -30,6 +30,9 @@ class Rule(StrEnum):
     """The sp degree does not divide the layer's sequence."""
     ZERO_WITHOUT_PARAMETERS = "zero-without-parameters"
     """The layer has no parameters, so every ZeRO stage is the same."""
+    SAME_REMAT = "same-remat"
+    """In this layer another rematerialisation policy keeps and repeats the same: embeddings, say, have nothing to
+    repeat."""
     DOMINATED = "dominated"
     """Another strategy with the same layouts at its boundary is no slower and needs no more memory."""
     GPIPE = "gpipe"
@@ -121,7 +124,13 @@ class SearchSpace:
         return tuple(sorted(set(self.num_microbatches)))
 
     def strategies(
-        self, kind: LayerKind, *, mesh: tuple[MeshAxis, ...], microbatch: int, pruned: Counter[str]
+        self,
+        kind: LayerKind,
+        *,
+        mesh: tuple[MeshAxis, ...],
+        microbatch: int,
+        pruned: Counter[str],
+        distinct: DistinctRemats | None = None,
     ) -> tuple[LayerStrategy, ...]:
         """Strategies of one layer kind, the plainest first.
 
@@ -130,17 +139,33 @@ class SearchSpace:
             mesh: axes, slowest first.
             microbatch: examples of one micro-batch over all devices; dp must divide it.
             pruned: counts what each rule removes.
+            distinct: tells which rematerialisation policies differ; None where that is not known.
         """
-        return self._strategies(kind, self._admitted(kind, mesh, microbatch, pruned), pruned)
+        remats = self._remats(kind, distinct)
+        found = self._strategies(kind, self._admitted(kind, mesh, microbatch, pruned), remats, pruned)
+        pruned[Rule.SAME_REMAT] += len(found) // len(remats) * (len(self.remat) - len(remats))
+        return found
 
-    def repeating(self, kind: LayerKind, *, mesh: tuple[MeshAxis, ...], microbatch: int) -> tuple[LayerStrategy, ...]:
+    def repeating(
+        self,
+        kind: LayerKind,
+        *,
+        mesh: tuple[MeshAxis, ...],
+        microbatch: int,
+        distinct: DistinctRemats | None = None,
+    ) -> tuple[LayerStrategy, ...]:
         """Strategies for a layer that no other suits: as much dp as divides, the remaining axes repeat the work."""
-        return self._strategies(kind, [_idle(mesh, microbatch)], Counter())
+        return self._strategies(kind, [_idle(mesh, microbatch)], self._remats(kind, distinct), Counter())
 
-    def _strategies(self, kind: LayerKind, kept: list[_Axes], pruned: Counter[str]) -> tuple[LayerStrategy, ...]:
+    def _remats(self, kind: LayerKind, distinct: DistinctRemats | None) -> tuple[Remat, ...]:
+        return self.remat if distinct is None or not self.applies(Rule.SAME_REMAT) else distinct(kind, self.remat)
+
+    def _strategies(
+        self, kind: LayerKind, kept: list[_Axes], remats: tuple[Remat, ...], pruned: Counter[str]
+    ) -> tuple[LayerStrategy, ...]:
         return tuple(
             _strategy(dp, tp, sp, sp_kind, zero, remat)
-            for remat in self.remat
+            for remat in remats
             for zero in self.zero
             for dp, tp, sp, sp_kind in kept
             if self._admits_zero(zero, dp + (sp if sp_kind is SequenceParallel.ULYSSES else ()))
@@ -213,6 +238,10 @@ class SearchSpace:
             pruned[Rule.ZERO_WITHOUT_PARAMETERS] += 1
             return False
         return True
+
+
+DistinctRemats = Callable[[LayerKind, tuple[Remat, ...]], tuple[Remat, ...]]
+"""Of some policies, those that differ in what a layer keeps and repeats; see `Planner.distinct_remats`."""
 
 
 @functools.lru_cache(maxsize=65536)

@@ -242,7 +242,8 @@ class TableBuilder:
         """Strategies of a layer kind."""
         key = (kind, batching.microbatch)
         if key not in self._strategies:
-            layer, about = self.costs.model.kinds[kind], {"mesh": self.costs.table.mesh, "microbatch": key[1]}
+            layer, table = self.costs.model.kinds[kind], self.costs.table
+            about = {"mesh": table.mesh, "microbatch": key[1], "distinct": table.planner.distinct_remats}
             found = self.space.strategies(layer, pruned=self.pruned, **about)
             more = self.space.repeating(layer, **about) if key in self._repeating else ()
             self._strategies[key] = tuple(dict.fromkeys((*found, *more)))
