@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -80,12 +80,12 @@ class Scaled:
             self._chunks += measures.at(self.setting, self._chunks)
             self._sizes = np.concatenate(self._chunks)
         sizes, kept = self._sizes, recipe.kept_inputs
-        residual = [int(sizes[those].sum()) for those in recipe.residuals]
+        stays, grows = recipe.residuals.at(sizes)
         return Counted(
             counts=(self._phase(recipe.forward), self._phase(recipe.backward)),
-            residual_bytes=(residual[0], residual[1]),
+            residual_bytes=(int(stays), int(grows)),
             kept_inputs=tuple(
-                [(port, 0, int(sizes[n])) if grows else (port, int(sizes[n]), 0) for port, n, grows in kept]
+                [(port, 0, int(sizes[n])) if larger else (port, int(sizes[n]), 0) for port, n, larger in kept]
             ),
             gradient_layouts=passes.counted.gradient_layouts,
             dear=dear,
@@ -190,7 +190,8 @@ class _Measures:
         self.setting = setting
         self._seen: dict[tuple[int, Held, int], int] = {}
         self._numbers: dict[tuple, int] = {}
-        self._rows: list[tuple[float, tuple[int, ...], tuple[int, ...]]] = []
+        self._rows: list[tuple[float, tuple[int, ...], tuple[int, ...]]] = [(0.0, (), ())]
+        """Of each its unit, factors and axes; the first is nothing."""
         self._chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         """The rows so far as arrays: units, factors and axes."""
 
@@ -237,6 +238,25 @@ class _Measures:
             units * sizes[factors].prod(axis=1) / ways[axes].prod(axis=1)
             for units, factors, axes in self._chunks[len(known) :]
         ]
+
+
+class _Sums(NamedTuple):
+    """Sums of measures."""
+
+    measures: np.ndarray
+    """Of all sums, one after the other; each begins with nothing, for no sum may be empty."""
+    begins: np.ndarray
+
+    @classmethod
+    def of(cls, *sums: Sequence[int]) -> _Sums:
+        """Of the measures of each."""
+        begins = [0, *accumulate([len(each) + 1 for each in sums[:-1]])]
+        measures = list(chain.from_iterable([(0, *each) for each in sums]))
+        return cls(np.array(measures, np.int64), np.array(begins, np.int64))
+
+    def at(self, sizes: np.ndarray) -> list[float]:
+        """What they come to."""
+        return np.add.reduceat(sizes.take(self.measures), self.begins).tolist()
 
 
 def _padded(rows: Sequence[tuple[int, ...]]) -> np.ndarray:
@@ -322,9 +342,8 @@ class _Phase:
     """What a pass's counts are made of."""
 
     program: _Program
-    moved: tuple[np.ndarray, np.ndarray]
-    """Measures of what stays, and of what grows."""
-    flops: tuple[np.ndarray, np.ndarray]
+    sums: _Sums
+    """What moves, of what stays and of what grows; and FLOPs."""
     sent: tuple[_Message, ...]
     counts: Counts
     """At the sizes planned."""
@@ -335,12 +354,11 @@ class _Phase:
 
     def at(self, sizes: np.ndarray, messages: Callable[[_Message], tuple[Sent, ...]]) -> Counts:
         """The counts at other sizes."""
-        stays, grows = self.moved
-        work, more = self.flops
+        stays, grows, work, more = self.sums.at(sizes)
         return Counts(
             sent=tuple([each for message in self.sent for each in messages(message)]),
-            flops=(float(sizes[work].sum()), float(sizes[more].sum())),
-            moved=(float(sizes[stays].sum()), float(sizes[grows].sum())),
+            flops=(work, more),
+            moved=(stays, grows),
             peaks=largest([(0.0, 0.0), *self.program.peaks(sizes)]),
             operations=self.counts.operations,
             read=self.counts.read,
@@ -359,7 +377,8 @@ class _Recipe:
 
     forward: _Phase
     backward: _Phase
-    residuals: tuple[np.ndarray, np.ndarray]
+    residuals: _Sums
+    """Of what stays and of what grows."""
     kept_inputs: tuple[tuple[int, int, bool], ...]
     """Input port, measure, and whether it grows."""
 
@@ -412,7 +431,7 @@ class Recipes:
             number, grows = self.measures.value(value, backward.held[value], 0), backward.grows(value)
             residuals[grows].append(number)
             kept.append((port, number, grows))
-        return _Recipe(ahead, self._backward(passes), _pair(residuals), tuple(kept))
+        return _Recipe(ahead, self._backward(passes), _Sums.of(*residuals), tuple(kept))
 
     def _backward(self, passes: Passes) -> _Phase:
         forward, backward, about = passes.forward, passes.backward, passes.about
@@ -453,7 +472,7 @@ class Recipes:
             [*given, *tallies], tuple(made), known, lambda resized: Named(resized, handed_on, at_once)
         )
         sent = tuple(chain.from_iterable([share.sent for share in shares]))
-        return _Phase(program, _pair(moved), _pair(flops), sent, counts)
+        return _Phase(program, _Sums.of(*moved, *flops), sent, counts)
 
     def _share(self, run: Pass, outcome: Outcome) -> _Share:
         """What an operation adds to a pass: the same in all, which share outcomes."""
@@ -475,8 +494,3 @@ class Recipes:
         names, axes = set(tally.sent[0][0].axes), self.setting.axes
         over = tuple(i for i, axis in enumerate(axes) if axis.role is not Role.STORAGE and set(axis.names) <= names)
         return _Message(value, run.held[value], version, -1, over, tally.sent[0][0].combine, grows)
-
-
-def _pair(numbers: tuple[list[int], list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    stays, grows = numbers
-    return np.array(stays, np.int64), np.array(grows, np.int64)

@@ -10,7 +10,7 @@ import numpy as np
 from galvatron_jax.cost.model import Batching
 from galvatron_jax.search.chain import Chain, Options
 from galvatron_jax.search.space import Rule
-from galvatron_jax.search.tables import Allowed, Slot, Table, TableBuilder, admitted, tie_variants
+from galvatron_jax.search.tables import Allowed, Slot, Table, TableBuilder, tie_variants
 
 
 @dataclass
@@ -76,5 +76,5 @@ def _finish(table: Table, variants: list[dict[str, tuple]], num_microbatches: in
         workspace,
         table.boundary,
         len(table.examples),
-        np.array([admitted(table, variant) for variant in variants], bool).reshape(len(variants), len(table)),
+        np.array([table.admitted(variant) for variant in variants], bool).reshape(len(variants), len(table)),
     )

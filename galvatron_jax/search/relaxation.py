@@ -92,23 +92,21 @@ def shortest_paths(chain: Chain, cases: Cases, *, multiplier: np.ndarray | float
             cost = seconds_weight * layer.seconds[None] + price[:, None] * layer.resident_bytes[None]
             tables[id(layer)] = best_per_class(layer, np.where(allowed_options(layer, cases), cost, np.inf))
     moves = {id(table): seconds_weight * table for table in chain.moves}
-    value = tables[id(chain.layers[0])][0]
-    sources = []
+    values = [tables[id(chain.layers[0])][0]]
     for layer, table in zip(chain.layers[1:], chain.moves, strict=True):
-        arrival = value[:, :, None] + moves[id(table)]
-        sources.append(arrival.argmin(axis=1))
-        value = arrival.min(axis=1) + tables[id(layer)][0]
-    options = _trace_back(chain, tables, sources, value.argmin(axis=1))
-    return _sum_up(chain, options, value.min(axis=1))
+        values.append(np.minimum.reduce(values[-1][:, :, None] + moves[id(table)], axis=1) + tables[id(layer)][0])
+    return _sum_up(chain, _trace_back(chain, tables, moves, values), values[-1].min(axis=1))
 
 
-def _trace_back(chain: Chain, tables: dict, sources: list[np.ndarray], last: np.ndarray) -> np.ndarray:
-    rows, label = np.arange(len(last)), last
-    options = np.empty((len(last), len(chain.layers)), np.int64)
+def _trace_back(chain: Chain, tables: dict, moves: dict, values: list[np.ndarray]) -> np.ndarray:
+    """The option of each layer on each case's path. int64[cases, layers]."""
+    arriving = {table: np.ascontiguousarray(move.T) for table, move in moves.items()}
+    rows, label = np.arange(len(values[0])), values[-1].argmin(axis=1)
+    options = np.empty((len(rows), len(chain.layers)), np.int64)
     for index in range(len(chain.layers) - 1, -1, -1):
         options[:, index] = tables[id(chain.layers[index])][1][rows, label]
         if index:
-            label = sources[index - 1][rows, label]
+            label = (values[index - 1] + arriving[id(chain.moves[index - 1])][label]).argmin(axis=1)
     return options
 
 

@@ -22,7 +22,7 @@ from galvatron_jax.cost.pipeline import (
 from galvatron_jax.cost.wiring import LayerWiring
 from galvatron_jax.search.pipeline import Cut, Held, Pipeline, StageOptions, Tie
 from galvatron_jax.search.space import Rule
-from galvatron_jax.search.tables import COLUMNS, Allowed, Slot, Table, TableBuilder, admitted, tie_variants
+from galvatron_jax.search.tables import COLUMNS, Allowed, Slot, Table, TableBuilder, tie_variants
 
 
 @dataclass
@@ -121,7 +121,7 @@ class PipelineBuilder:
         return self.tables.space.applies(Rule.ONE_PROGRAM)
 
     def _options(self, slot: Slot, table: Table, variant: dict[str, tuple], batching: Batching) -> StageOptions:
-        index = np.flatnonzero(admitted(table, variant))
+        index = np.flatnonzero(table.admitted(variant))
         key = (slot, batching, id(table), index.tobytes())
         if key not in self._made:
             kept = table.take(index)

@@ -76,6 +76,18 @@ class Table:
         """Ways to keep the parameters that some option takes, in order of appearance."""
         return tuple(dict.fromkeys(self.stored.tolist()))
 
+    def admitted(self, variant: dict[str, tuple]) -> np.ndarray:
+        """Which options a joint layout of tied parameters allows. bool[options]."""
+        key = tuple(variant.items())
+        if key not in self._admitted:
+            fits = [all(variant[name] == layout for name, layout in tie.items()) for tie in self.ties]
+            self._admitted[key] = np.array(fits, bool)[self.stored]
+        return self._admitted[key]
+
+    @cached_property
+    def _admitted(self) -> dict[tuple, np.ndarray]:
+        return {}
+
     def take(self, index: np.ndarray) -> Table:
         """Some of the options; the classes stay as they are."""
         columns = {name: getattr(self, name)[index] for name in (*COLUMNS, "boundary", "stored")}
@@ -314,11 +326,3 @@ def tie_variants(tables: Iterable[Table], tied: tuple[str, ...]) -> list[dict[st
         ]
         choices.append([layout for layout in offers[0] if all(layout in offer for offer in offers)] if offers else [()])
     return [dict(zip(tied, layouts, strict=True)) for layouts in itertools.product(*choices)]
-
-
-def admitted(table: Table, variant: dict[str, tuple]) -> np.ndarray:
-    """Which options a joint layout of tied parameters allows. bool[options]."""
-    if not any(table.ties):
-        return np.ones(len(table), bool)
-    fits = [all(variant[name] == layout for name, layout in tie.items()) for tie in table.ties]
-    return np.array(fits, bool)[table.stored]

@@ -44,11 +44,12 @@ class Work:
 
     def undercuts(self, pipelining: Pipelining, upper_s: float) -> bool:
         """Whether the work alone leaves room for a step faster than `upper_s`."""
-        both, degree = self.forward_s + self.backward_s, pipelining.degree
-        if both * (1 + 2 * pipelining.recomputes) * (self.count + degree - 1) < upper_s * degree:
+        both, degree, again = self.forward_s + self.backward_s, pipelining.degree, self._again(pipelining)
+        if both * (1 + again) * (self.count + degree - 1) < upper_s * degree:
             return True  # Even stages do, and so do the best ones.
-        steady = both * self.count * _alike(self._again(pipelining), degree) * (1 - _ROUNDING)
-        return steady < upper_s and self.least_s(pipelining) < upper_s
+        # A micro-batch passes all stages, forward and backward; and a stage works on all micro-batches.
+        least = both * max(1.0, self.count * _alike(again, degree)) * (1 - _ROUNDING)
+        return least < upper_s and self.least_s(pipelining) < upper_s
 
     def least_s(self, pipelining: Pipelining) -> float:
         """Seconds of a step that no plan with this schedule undercuts."""
