@@ -143,7 +143,8 @@ class SearchSpace:
         """
         remats = self._remats(kind, distinct)
         found = self._strategies(kind, self._admitted(kind, mesh, microbatch, pruned), remats, pruned)
-        pruned[Rule.SAME_REMAT] += len(found) // len(remats) * (len(self.remat) - len(remats))
+        if len(remats) < len(self.remat):
+            pruned[Rule.SAME_REMAT] += len(found) // len(remats) * (len(self.remat) - len(remats))
         return found
 
     def repeating(
