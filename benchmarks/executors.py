@@ -57,7 +57,7 @@ DTYPES = {
     "bf16": {"dtype": "bfloat16", "param_dtype": "bfloat16"},
     "mixed": {"dtype": "bfloat16", "param_dtype": "float32"},
 }
-"""All bfloat16; or parameters, gradients and their sums in float32."""
+"""All bfloat16; or parameters and gradients in float32."""
 
 
 def _plan(
@@ -78,10 +78,13 @@ class Pair:
     strategy: LayerStrategy
     microbatches: int = 1
     dtype: str = "bf16"
+    sums: str | None = None
+    """Type in which local sums gradients; None for their own."""
 
     @property
     def name(self) -> str:
-        return f"{self.model}-{self.dtype} {self.strategy.short()} m{self.microbatches}"
+        name = f"{self.model}-{self.dtype} {self.strategy.short()} m{self.microbatches}"
+        return name if self.sums is None else f"{name} sums in {self.sums}"
 
 
 PAIRS = (
@@ -105,6 +108,8 @@ PAIRS = (
     Pair("llama", _plan("ab", "c", zero=3, remat="full"), 2),
     Pair("llama", _plan("abc"), dtype="mixed"),
     Pair("llama", _plan("abc", zero=3, remat="full"), 2, dtype="mixed"),
+    Pair("llama", _plan("abc"), dtype="mixed", sums="bfloat16"),
+    Pair("llama", _plan("abc", zero=3, remat="full"), 2, dtype="mixed", sums="bfloat16"),
     Pair("t5", _plan("abc")),
     Pair("t5", _plan("ab", "c", zero=1)),
     Pair("t5", _plan("a", "bc", megatron=True, remat="full"), 2),
@@ -134,6 +139,7 @@ def compiled(pair: Pair, executor: str) -> dict[str, Any]:
         stages=(Stage(groups=(whole,)),),
         batch_axes=pair.strategy.dp,
         executor=executor,
+        gradient_sum_dtype=pair.sums if executor == "local" else None,
     )
     begin = time.perf_counter()
     step = build_step(model, plan, optax.adamw(1e-3), devices=target_devices("h100", DEVICES))
@@ -182,7 +188,7 @@ def measure(full: bool, only: str | None = None) -> Outcome:
         row = compare(pair)
         results.append(row)
         shown = "  ".join(f"{key.split('_')[0]} {value:5.3f}" for key, value in row["local_over_annotate"].items())
-        print(f"{pair.name:48} {shown}", flush=True)
+        print(f"{pair.name:56} {shown}", flush=True)
     claims = []
     for key, what in COMPARED.items():
         ratios = [row["local_over_annotate"][key] for row in results]

@@ -26,7 +26,7 @@ from galvatron_jax.search.question import Question
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import Plan
-from galvatron_jax.spec.plan_checks import EXECUTORS, check_plan
+from galvatron_jax.spec.plan_checks import EXECUTORS, check_gradient_sums, check_plan
 from galvatron_jax.spec.profile import Profile
 from galvatron_jax.trace.model import Traced, trace
 
@@ -136,25 +136,34 @@ def make_plan(
     cluster: ClusterSpec | str | PathLike[str],
     profile: Profile | str | PathLike[str] | None,
     executor: str | None = None,
+    sum_gradients_in: str | None = None,
 ) -> Planned:
     """Traces, profiles and searches plans of one stage; or checks and prices a given one, of any number.
 
-    The executor given is the plan's from then on; None leaves the plan's own. Prices are those of `local`.
+    The executor and the type of sums given are the plan's from then on; None leaves the plan's own. Prices are those of
+    `local`.
 
     Raises:
         InfeasibleError: when no plan fits the budget.
-        InputError: when there is no such executor.
+        InputError: when there is no such executor, or it cannot sum gradients in that type.
         PlanMismatchError: when the given plan is for another model, batch or number of devices.
     """
     if executor not in (None, *EXECUTORS):
         raise InputError(f"executor: no executor {executor!r}. Give one of {', '.join(EXECUTORS)}, or None.")
-    chooses = {} if executor is None else {"executor": executor}
+    chosen_here = {"executor": executor, "gradient_sum_dtype": sum_gradients_in}
+    chooses = {name: value for name, value in chosen_here.items() if value is not None}
     given = Plan.load(plan) if isinstance(plan, (str, PathLike)) else plan
     given = given if given is None else given.model_copy(update=chooses)
     traced = request.trace()
+    if given is None and executor is not None:
+        check_gradient_sums(sum_gradients_in, traced.spec, executor=executor)
     count = request.num_microbatches if given is None else given.num_microbatches
     # The profiler measures layers on the whole mesh, as one stage has it.
-    space = SearchSpace(num_microbatches=None if count is None else (count,), pipeline_degrees=(1,))
+    space = SearchSpace(
+        num_microbatches=None if count is None else (count,),
+        pipeline_degrees=(1,),
+        gradient_sum_dtype=sum_gradients_in,
+    )
     question = make_question(request, traced, cluster=cluster, profile=profile, space=space, given=given)
     if given is None:
         result = question.answer()
@@ -190,9 +199,12 @@ def make_question(
         given: a plan to check first, before anything is measured.
 
     Raises:
-        InputError: when the profile is another model's, or live devices are to be measured that are not.
+        InputError: when the profile is another model's, live devices are to be measured that are not, or gradients
+            cannot be summed in the type that the space says.
         PlanMismatchError: when the given plan is for another model, batch or number of devices.
     """
+    if given is None:
+        check_gradient_sums(space.gradient_sum_dtype, traced.spec)
     live = cluster == LIVE
     spec = resolve_cluster(cluster, cache_dir=request.cache_dir, progress=request.progress)
     if given is not None:

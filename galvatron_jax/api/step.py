@@ -127,6 +127,7 @@ def train_step(
     cluster: ClusterLike = LIVE,
     profile: ProfileLike = None,
     executor: str | None = None,
+    sum_gradients_in: str | None = None,
     cache_dir: str | None = None,
     name: str | None = None,
     progress: bool | None = None,
@@ -147,6 +148,9 @@ def train_step(
             else), or a `Profile` or its path.
         executor: `local` runs the planner's own device programs, `annotate` (plans of one stage) leaves partitioning to
             XLA, guided by the plan's layouts; by default what the plan says, which is `local` after a search.
+        sum_gradients_in: type in which gradients are summed over devices where their own is wider, such as
+            ``"bfloat16"`` for parameters in float32: half the bytes, less exact. By default what the plan says, which
+            is their own type after a search. Of the executor `local` alone.
         cache_dir: where measurements are kept; by default the user's cache folder.
         name: what to call the model; by default its class.
         progress: whether to draw progress on stderr; by default only on a terminal.
@@ -168,6 +172,7 @@ def train_step(
         cluster=cluster,
         profile=profile,
         executor=executor,
+        sum_gradients_in=sum_gradients_in,
         cache_dir=cache_dir,
         name=name,
         progress=progress,
@@ -189,6 +194,7 @@ def find_plan(
     cluster: ClusterLike = LIVE,
     profile: ProfileLike = None,
     executor: str | None = None,
+    sum_gradients_in: str | None = None,
     cache_dir: str | None = None,
     name: str | None = None,
     progress: bool | None = None,
@@ -209,4 +215,6 @@ def find_plan(
         cache_dir=cache_dir,
         progress=progress,
     )
-    return make_plan(request, plan=plan, cluster=cluster, profile=profile, executor=executor)
+    return make_plan(
+        request, plan=plan, cluster=cluster, profile=profile, executor=executor, sum_gradients_in=sum_gradients_in
+    )

@@ -100,6 +100,8 @@ class Search:
     """Schedules of pipelines, such as 1f1b,1f1b-stash,gpipe,interleaved; left out, all of them."""
     fewer_devices: bool = False
     """Also consider plans that leave a part of the cluster's devices unused, for a batch too small for all of them."""
+    sum_gradients_in: str | None = None
+    """Type in which gradients are summed over devices where their own is wider, such as bfloat16."""
     optimizer: str = "adamw"
     """Optimizer whose state is counted: adamw, adam, sgd, lion or adafactor."""
     profile: str | None = None

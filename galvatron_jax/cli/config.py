@@ -113,6 +113,9 @@ class PlanConfig(Record):
     """Budget such as `"20GiB"`; None means all of the device's memory."""
     num_microbatches: int | None = Field(default=None, ge=1)
     """None lets the search choose."""
+    sum_gradients_in: str | None = None
+    """Type in which gradients are summed over devices where their own is wider, such as `bfloat16`; None leaves the
+    plan's own, or sums them in their own type."""
     profile: str = "measure"
     """`measure` (cached), `derive` (from the cluster's figures, no measurement), or the path of a saved profile."""
     cache_dir: str | None = None

@@ -76,6 +76,7 @@ def read_wishes(arguments: Search) -> Wishes:
     space = SearchSpace(
         num_microbatches=None if count is None else (count,),
         pipeline_degrees=None if pipeline is None else parse_counts(pipeline, option="--pipeline"),
+        gradient_sum_dtype=arguments.sum_gradients_in,
     )
     if arguments.schedules is not None:
         space = replace(space, schedules=parse_schedules(arguments.schedules))

@@ -105,6 +105,7 @@ def _build(config: RunConfig, loaded: LoadedModel) -> TrainStep:
         plan=config.plan.path,
         memory_per_device=config.plan.memory_per_device,
         num_microbatches=config.plan.num_microbatches,
+        sum_gradients_in=config.plan.sum_gradients_in,
         profile=config.plan.profile,
         cache_dir=config.plan.cache_dir,
         name=loaded.name,

@@ -159,6 +159,7 @@ class CostModel:
         planner: Planner,
         pipeline_axes: tuple[MeshAxis, ...] = (),
         microbatches: tuple[int, ...] = (),
+        gradient_sum_dtype: str | None = None,
     ) -> CostModel:
         """A cost model from measurements where `profile` has them, from the cluster's figures otherwise.
 
@@ -171,12 +172,13 @@ class CostModel:
             planner: turns strategies into collectives and sizes.
             pipeline_axes: axes along which stages lie.
             microbatches: those that will be asked for, ascending; plans between some of them are interpolated.
+            gradient_sum_dtype: in which gradients are summed over devices; None for their own.
         """
         bandwidth = profile.update_bytes_per_s if profile is not None else None
         return cls(
             model=model,
             cluster=cluster,
-            table=PlanTable(model, mesh, planner, microbatches),
+            table=PlanTable(model, mesh, planner, microbatches, gradient_sum_dtype),
             wiring=wire(model),
             compute=compute_for(profile, cluster=cluster, planner=planner, model=model),
             links=links_for(profile, cluster=cluster, mesh=(*pipeline_axes, *mesh)),

@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-from galvatron_jax.cost.memory import Flat, LayerMemory, stored_bytes
+from galvatron_jax.cost.memory import Flat, LayerMemory, parameter_dtype, stored_bytes
 from galvatron_jax.cost.model import Batching, CostModel, LayerCost
 from galvatron_jax.cost.schedules import in_flight, makespan, recomputes, tick_kinds
-from galvatron_jax.cost.sizes import batch_spec, local_bytes, value_dims
+from galvatron_jax.cost.sizes import batch_spec, itemsize, local_bytes, value_dims
 from galvatron_jax.cost.wiring import LayerWiring
 from galvatron_jax.partition.layer_plan import Collective
 from galvatron_jax.spec.plan import MemoryBreakdown, MeshAxis, Prediction, Schedule, StageTime, TimeBreakdown
 from galvatron_jax.spec.profile import CollectiveKind
+from galvatron_jax.spec.program import sum_dtype
 from galvatron_jax.spec.strategy import LayerStrategy
 
 
@@ -131,9 +132,20 @@ def _send_seconds(costs: CostModel, pipelining: Pipelining, size: int) -> float:
     return _between_groups(costs, pipelining, CollectiveKind.PERMUTE, size)
 
 
-def exchange_seconds(costs: CostModel, pipelining: Pipelining, gradient_bytes: int) -> float:
-    """Seconds per step to add up, over all groups of devices, the gradient of a parameter that several stages hold."""
-    return _between_groups(costs, pipelining, CollectiveKind.ALL_REDUCE, gradient_bytes)
+def exchange_seconds(costs: CostModel, pipelining: Pipelining, name: str, gradient_bytes: int, *, user: int) -> float:
+    """Seconds per step to add up, over all groups of devices, the gradient of a parameter that several stages hold.
+
+    Args:
+        costs: prices on the stages' mesh.
+        pipelining: the groups.
+        name: of the parameter.
+        gradient_bytes: of its gradient in its own type, on one device.
+        user: a layer that uses it.
+    """
+    wiring = costs.wiring.layers[user]
+    own = parameter_dtype(costs.model.kinds[wiring.kind], dict(wiring.tied)[name])
+    size = gradient_bytes // itemsize(own) * itemsize(sum_dtype(own, costs.table.gradient_sum_dtype))
+    return _between_groups(costs, pipelining, CollectiveKind.ALL_REDUCE, size)
 
 
 def _between_groups(costs: CostModel, pipelining: Pipelining, op: CollectiveKind, size: int) -> float:
@@ -330,7 +342,7 @@ class _Priced:
                 plan = self.costs.plan(users[0], self.strategies[users[0]], self.batching)
                 port = dict(wiring.tied)[name]
                 size = next(p.optimizer_bytes for p in plan.parameters if p.port == port)
-                total += exchange_seconds(self.costs, self.pipelining, size)
+                total += exchange_seconds(self.costs, self.pipelining, name, size, user=users[0])
         return total
 
 

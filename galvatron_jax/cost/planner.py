@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from galvatron_jax import partition
 from galvatron_jax.partition.layer_plan import BoundarySpec, Collective, LayerPlan
@@ -61,14 +61,23 @@ class PlanTable:
     planner: Planner
     microbatches: tuple[int, ...] = ()
     """Micro-batches that will be asked for, ascending: with these, layers are planned for many of them at once."""
+    gradient_sum_dtype: str | None = None
+    """See `Plan.gradient_sum_dtype`."""
     _plans: dict[tuple[int, LayerStrategy, int], LayerPlan] = field(default_factory=dict, repr=False)
     _series: dict[tuple[int, LayerStrategy, int], LayerSeries] = field(default_factory=dict, repr=False)
     _moves: dict[tuple, tuple[Collective, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.sizes: dict[str, int] = {axis.name: axis.size for axis in self.mesh}
+        dtype = self.gradient_sum_dtype
+        self._sums: dict[str, Any] = {} if dtype is None else {"gradient_sum_dtype": dtype}
+        """For the partitioner: simpler planners know gradients of one type alone."""
         self.planned: int = 0
         """Plans and series made."""
+
+    def exact(self) -> PlanTable:
+        """A new one in which each layer is planned alone."""
+        return replace(self, microbatches=(), _plans={}, _series={}, _moves={})
 
     def plan(self, kind: int, strategy: LayerStrategy, *, microbatch: int) -> LayerPlan:
         """The plan of `model.kinds[kind]` under a strategy; it may come without instructions."""
@@ -107,6 +116,7 @@ class PlanTable:
             mesh=self.sizes,
             microbatch=microbatch,
             model_microbatch=self.model.microbatch,
+            **self._sums,
         )
 
     def _plan_series(
@@ -118,6 +128,7 @@ class PlanTable:
             mesh=self.sizes,
             microbatches=microbatches,
             model_microbatch=self.model.microbatch,
+            **self._sums,
         )
         self.planned += len(found)
         return found

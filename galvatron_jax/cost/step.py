@@ -53,6 +53,7 @@ def price_plan(
         optimizer=optimizer,
         planner=planner or default_planner(),
         pipeline_axes=pipeline_axes,
+        gradient_sum_dtype=plan.gradient_sum_dtype,
     )
     if len(plan.stages) == 1:
         return predict(costs, plan.strategies, batching, memory_bytes=memory_bytes)

@@ -13,6 +13,7 @@ from galvatron_jax.partition.layer_plan import Collective, PhasePlan
 from galvatron_jax.partition.layout import Axis, Role, Step, StepKind
 from galvatron_jax.partition.liveness import Where
 from galvatron_jax.spec.profile import CollectiveKind
+from galvatron_jax.spec.program import FLOAT_BYTES
 
 Amount = tuple[float, float]
 """What stays whatever the micro-batch, and what is proportional to it, both at the micro-batch planned."""
@@ -92,6 +93,8 @@ def amount_at(amount: Amount, microbatch: int, planned_at: int) -> float:
 
 def collective(step: Step, size: int, dtype: str) -> Collective:
     """A step as the cost model counts it."""
+    if step.dtype is not None:
+        size, dtype = FLOAT_BYTES[step.dtype], step.dtype
     local = math.prod(step.shape) * size
     if step.kind is StepKind.ALL_GATHER:
         local *= step.size

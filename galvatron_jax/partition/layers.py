@@ -13,7 +13,7 @@ from galvatron_jax.partition.instructions import Instruction, Residual, Version
 from galvatron_jax.partition.layer_plan import BoundarySpec, LayerPlan
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Step
 from galvatron_jax.partition.liveness import Where
-from galvatron_jax.partition.placement import Counted, Placement
+from galvatron_jax.partition.placement import Counted, Occasion, Placement
 from galvatron_jax.partition.planner import Pass
 from galvatron_jax.partition.remat import Split, plainest, split
 from galvatron_jax.partition.scaled import MAX_MODELS, Pick, Recipes, Scaled, alike, structure
@@ -84,7 +84,13 @@ class LocalPlan:
 
 
 def plan_layer(
-    kind: LayerKind, strategy: LayerStrategy, *, mesh: Mapping[str, int], microbatch: int, model_microbatch: int
+    kind: LayerKind,
+    strategy: LayerStrategy,
+    *,
+    mesh: Mapping[str, int],
+    microbatch: int,
+    model_microbatch: int,
+    gradient_sum_dtype: str | None = None,
 ) -> LayerPlan:
     """What a layer costs under a strategy, and what will run; see `plan_local` for the parts that run.
 
@@ -94,16 +100,30 @@ def plan_layer(
         mesh: axes of the stage with their prime sizes, slowest link first.
         microbatch: examples of one global micro-batch.
         model_microbatch: examples at which the kind was traced (`ModelSpec.microbatch`).
+        gradient_sum_dtype: in which gradients are summed over devices (`Plan.gradient_sum_dtype`).
     """
-    return plan_local(kind, strategy, mesh=mesh, microbatch=microbatch, model_microbatch=model_microbatch).plan
+    return plan_local(
+        kind,
+        strategy,
+        mesh=mesh,
+        microbatch=microbatch,
+        model_microbatch=model_microbatch,
+        gradient_sum_dtype=gradient_sum_dtype,
+    ).plan
 
 
 def plan_local(
-    kind: LayerKind, strategy: LayerStrategy, *, mesh: Mapping[str, int], microbatch: int, model_microbatch: int
+    kind: LayerKind,
+    strategy: LayerStrategy,
+    *,
+    mesh: Mapping[str, int],
+    microbatch: int,
+    model_microbatch: int,
+    gradient_sum_dtype: str | None = None,
 ) -> LocalPlan:
     """Plans a layer; remembered as long as the kind lives, unless many others are planned in between."""
-    keep = Keep.INSTRUCTIONS
-    context = _context(kind, strategy, mesh, microbatch=microbatch, traced_at=model_microbatch, keep=keep)
+    occasion = Occasion(microbatch, model_microbatch, Keep.INSTRUCTIONS, gradient_sum_dtype)
+    context = _context(kind, strategy, mesh, occasion)
     return context.plan(strategy.zero, strategy.remat)
 
 
@@ -114,6 +134,7 @@ def plan_series(
     mesh: Mapping[str, int],
     microbatches: tuple[int, ...],
     model_microbatch: int,
+    gradient_sum_dtype: str | None = None,
 ) -> tuple[LayerSeries, ...]:
     """What a layer costs under a strategy at several micro-batches, without instructions.
 
@@ -126,34 +147,41 @@ def plan_series(
         mesh: axes of the stage with their prime sizes, slowest link first.
         microbatches: examples of a global micro-batch, ascending.
         model_microbatch: examples at which the kind was traced (`ModelSpec.microbatch`).
+        gradient_sum_dtype: in which gradients are summed over devices (`Plan.gradient_sum_dtype`).
 
     Returns:
         Series that cover all of them, each once, in ascending order.
     """
-    context = _context(kind, strategy, mesh, microbatch=microbatches[-1], traced_at=model_microbatch, keep=Keep.COUNTS)
+    occasion = Occasion(microbatches[-1], model_microbatch, Keep.COUNTS, gradient_sum_dtype)
+    context = _context(kind, strategy, mesh, occasion)
     counted = context.counted(strategy.zero, strategy.remat)
     first = context.agreement.holds_from(microbatches, counted.dear)
     series = context.series(strategy.zero, counted, microbatches[first:])
     if not first:
         return (series,)
-    less = plan_series(kind, strategy, mesh=mesh, microbatches=microbatches[:first], model_microbatch=model_microbatch)
+    less = plan_series(
+        kind,
+        strategy,
+        mesh=mesh,
+        microbatches=microbatches[:first],
+        model_microbatch=model_microbatch,
+        gradient_sum_dtype=gradient_sum_dtype,
+    )
     return *less, series
 
 
-def _context(
-    kind: LayerKind, strategy: LayerStrategy, mesh: Mapping[str, int], *, microbatch: int, traced_at: int, keep: Keep
-) -> Context:
+def _context(kind: LayerKind, strategy: LayerStrategy, mesh: Mapping[str, int], occasion: Occasion) -> Context:
     static = prepare_kind(kind)
     axes = strategy.dp, strategy.tp, strategy.sp, strategy.sp_kind
 
     def make() -> Context:
-        context = Context(static, strategy, mesh, microbatch=microbatch, traced_at=traced_at, keep=keep)
-        key = structure(context) if keep is Keep.COUNTS else None
+        context = Context(static, strategy, mesh, occasion)
+        key = structure(context) if occasion.keep is Keep.COUNTS else None
         if key is not None:
             context.among(static.memo.models.get(key, list))
         return context
 
-    return static.memo.contexts.get((axes, tuple(mesh.items()), microbatch, traced_at, keep), make)
+    return static.memo.contexts.get((axes, tuple(mesh.items()), occasion), make)
 
 
 class About(NamedTuple):
@@ -219,16 +247,9 @@ class Context(Placement):
     """A placement with its passes."""
 
     def __init__(
-        self,
-        static: StaticKind,
-        strategy: LayerStrategy,
-        mesh: Mapping[str, int],
-        *,
-        microbatch: int,
-        traced_at: int,
-        keep: Keep,
+        self, static: StaticKind, strategy: LayerStrategy, mesh: Mapping[str, int], occasion: Occasion
     ) -> None:
-        super().__init__(static, strategy, mesh, microbatch=microbatch, traced_at=traced_at, keep=keep)
+        super().__init__(static, strategy, mesh, occasion)
         self.led: dict[tuple[int, Remat], Passes] = {}
         """Passes that others may follow, by ZeRO stage and remat policy."""
         self._models: list[Context] | None = None

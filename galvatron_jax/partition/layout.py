@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 NOWHERE = -1
@@ -70,6 +70,15 @@ class Step:
     """Position that becomes (further) sharded."""
     join: int = -1
     """Position that becomes whole (or less sharded)."""
+    dtype: str | None = None
+    """Type in which the array is sent, if not its own."""
+
+
+def summed_in(steps: tuple[Step, ...], dtype: str) -> tuple[Step, ...]:
+    """The same steps with sums taken in another type, in which all that is sent goes then; no others are changed."""
+    if not any(step.kind in (StepKind.ALL_REDUCE, StepKind.REDUCE_SCATTER) for step in steps):
+        return steps
+    return tuple([step if step.kind is StepKind.SLICE else replace(step, dtype=dtype) for step in steps])
 
 
 def step_bytes(step: Step, itemsize: int) -> float:

@@ -25,7 +25,7 @@ class Home(NamedTuple):
 
     layout: Layout
     itemsize: int
-    """Bytes of one of its elements."""
+    """Bytes of one of its elements, as they are summed."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 from galvatron_jax.partition.counts import collectives
 from galvatron_jax.partition.layer_plan import BoundarySpec, ParameterPlan
@@ -19,6 +21,7 @@ from galvatron_jax.partition.layout import (
     convert,
     names_at,
     order_at,
+    summed_in,
 )
 from galvatron_jax.partition.lookups import Home
 from galvatron_jax.partition.static import StaticKind
@@ -28,6 +31,7 @@ from galvatron_jax.partition.strategy_axes import (
     AxisPlan,
     parameter_layout,
 )
+from galvatron_jax.spec.program import FLOAT_BYTES
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,23 @@ class StoredParameter:
 class Storage:
     """A layer's parameters over some logical axes."""
 
-    def __init__(self, static: StaticKind, axes: AxisPlan, sizes: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        static: StaticKind,
+        axes: AxisPlan,
+        sizes: tuple[int, ...],
+        sum_dtypes: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
+        """Nothing is laid out yet.
+
+        Args:
+            static: the layer kind.
+            axes: logical axes.
+            sizes: per factor.
+            sum_dtypes: gradients whose sums over devices are taken in another type than their own, with that.
+        """
         self.static, self.program, self.axes, self.sizes = static, static.program, axes, sizes
+        self.sum_dtypes = sum_dtypes
         self._layouts: dict[tuple[int, bool], Layout] = {}
         self._parameters: dict[tuple[int, int, Layout | None], StoredParameter] = {}
 
@@ -84,7 +103,8 @@ class Storage:
             value, gradient = self.static.kind.inputs[port].value, self.static.kind.inputs[port].gradient
             layout = self.layout(value, sharded=True)
             if gradient is not None and layout != self.layout(value, sharded=False):
-                found[op] = Home(layout, self.program.itemsize[gradient])
+                dtype = self.sum_dtypes.get(gradient)
+                found[op] = Home(layout, self.program.itemsize[gradient] if dtype is None else FLOAT_BYTES[dtype])
         return found
 
     def scattered(self, value: int, layout: Layout) -> Layout:
@@ -127,6 +147,8 @@ class Storage:
         held = accumulated if accumulated is not None else self.layout(value, sharded=False)
         # ZeRO's axes take over the data axes' sums.
         sync = tuple(convert(axes, frame, self.mirrored(held) if zero == 1 else held, optimizer))
+        if port.gradient in self.sum_dtypes:
+            sync = summed_in(sync, self.sum_dtypes[port.gradient])
         publish = tuple(convert(axes, frame, optimizer, stored))
         size, dtype = self.program.itemsize[value], self.program.program.values[value].dtype
         plan = ParameterPlan(

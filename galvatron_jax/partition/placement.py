@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from galvatron_jax.partition.agreement import Agreement, Dear
 from galvatron_jax.partition.counts import Counts
@@ -34,18 +35,24 @@ class Counted:
     """What was chosen at a cost."""
 
 
+class Occasion(NamedTuple):
+    """At what, and for what, a layer is planned."""
+
+    microbatch: int
+    """Examples of one global micro-batch."""
+    traced_at: int
+    """Examples at which the kind was traced."""
+    keep: Keep
+    """What is wanted of what is planned."""
+    gradient_sum_dtype: str | None
+    """In which gradients are summed over devices; None for their own."""
+
+
 class Placement:
     """A layer over some logical axes at one micro-batch: what strategies share that differ in ZeRO and remat alone."""
 
     def __init__(
-        self,
-        static: StaticKind,
-        strategy: LayerStrategy,
-        mesh: Mapping[str, int],
-        *,
-        microbatch: int,
-        traced_at: int,
-        keep: Keep,
+        self, static: StaticKind, strategy: LayerStrategy, mesh: Mapping[str, int], occasion: Occasion
     ) -> None:
         """Nothing is planned yet.
 
@@ -53,18 +60,18 @@ class Placement:
             static: the layer kind.
             strategy: its axes; ZeRO and remat do not matter.
             mesh: axes of the stage with their prime sizes, slowest link first.
-            microbatch: examples of one global micro-batch.
-            traced_at: examples at which the kind was traced.
-            keep: what is wanted of what is planned.
+            occasion: the micro-batch, and what else matters.
         """
+        microbatch, traced_at, keep, self.gradient_sum_dtype = occasion
         self.static, self.kind, self.program, self.microbatch = static, static.kind, static.program, microbatch
         self.sizes = static.program.sizes(self.kind.batch_factor, microbatch, traced_at)
         self.axes = plan_axes(static, strategy, mesh, self.sizes)
-        self.storage = Storage(static, self.axes, self.sizes)
+        sum_dtypes = static.sum_dtypes(self.gradient_sum_dtype)
+        self.storage = Storage(static, self.axes, self.sizes, sum_dtypes)
         growing = static.program.growing(self.kind.batch_factor, traced_at)
         self.setting = Setting(
             static.program, self.sizes, self.axes.axes, self.axes.allowed, growing=growing, keep=keep,
-            outlines=static.memo.outlines,
+            outlines=static.memo.outlines, sum_dtypes=sum_dtypes,
         )  # fmt: skip
         self.ports = Ports(static, self.axes, self.sizes, strategy.sp_kind, self.storage)
         self.output_specs = self.ports.output_specs()

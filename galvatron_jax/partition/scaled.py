@@ -19,7 +19,7 @@ from galvatron_jax.partition.agreement import Dear
 from galvatron_jax.partition.choice import Choice
 from galvatron_jax.partition.counts import Amount, Counts, Sent, Tally, collectives, combined, largest
 from galvatron_jax.partition.instructions import Version
-from galvatron_jax.partition.layout import Role, convert
+from galvatron_jax.partition.layout import Role
 from galvatron_jax.partition.liveness import Lifetimes, Named
 from galvatron_jax.partition.operations import asked_again
 from galvatron_jax.partition.placement import Counted, Placement
@@ -132,7 +132,7 @@ def alike(one: Placement, other: Placement, *, stored: bool) -> bool:
 
 
 def structure(place: Placement) -> tuple | None:
-    """Roles of axes, and which can shard what: placements of one structure may be `alike`.
+    """Roles of axes, which can shard what, and the type of sums: placements of one structure may be `alike`.
 
     None for programs with loops, whose bodies are planned as often as it takes; where too many axes may shard one
     factor to look at all their sets; and where an axis has one device, for which all is free, so nothing asked again.
@@ -144,7 +144,7 @@ def structure(place: Placement) -> tuple | None:
         return None
     ranks = sorted({axis.rank for axis in axes})
     roles = tuple([(axis.role, axis.mirror, ranks.index(axis.rank)) for axis in axes])
-    return place.ports.sp_kind, allowed, roles, _room(place, sharing)
+    return place.ports.sp_kind, allowed, roles, _room(place, sharing), place.gradient_sum_dtype
 
 
 def _sharing_rows(place: Placement) -> dict[int, list[int]]:
@@ -282,12 +282,11 @@ class _Message(NamedTuple):
     def sent(self, setting: Setting) -> Iterable:
         """Its collectives in a setting."""
         value, held, program = self.value, self.held, setting.program
-        size, dtype, source = program.itemsize[value], program.program.values[value].dtype, held.layouts[self.source]
+        size, dtype = program.itemsize[value], program.program.values[value].dtype
         if self.target >= 0:
-            steps = convert(setting.axes, setting.frame(value, held.lazy), source, held.layouts[self.target])
-            return collectives(steps, size, dtype)
+            return collectives(setting.steps(value, held, self.source, held.layouts[self.target]), size, dtype)
         names = tuple([name for axis in self.axes for name in setting.axes[axis].names])
-        shape = setting.local_shape(value, source, held.lazy)
+        shape = setting.local_shape(value, held.layouts[self.source], held.lazy)
         return (combined(setting.axes, names, self.how, shape, size, dtype),)
 
 

@@ -8,7 +8,7 @@ questions again and again; the answers are kept here.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from galvatron_jax.partition.counts import NONE, Amount, Tally, collectives
 from galvatron_jax.partition.instructions import Convert, Decision, Instruction
-from galvatron_jax.partition.layout import NOWHERE, PENDING, Axis, Frame, Layout, Step, convert
+from galvatron_jax.partition.layout import NOWHERE, PENDING, Axis, Frame, Layout, Step, convert, summed_in
 from galvatron_jax.partition.liveness import Where
 from galvatron_jax.partition.outline import Outlines
 from galvatron_jax.partition.static import StaticFactor, StaticOp, StaticProgram
@@ -111,6 +111,7 @@ class Setting:
         growing: frozenset[int] = frozenset(),
         keep: Keep = Keep.INSTRUCTIONS,
         outlines: Outlines | None = None,
+        sum_dtypes: Mapping[int, str] | None = None,
     ) -> None:
         """Nothing is planned yet.
 
@@ -122,6 +123,7 @@ class Setting:
             growing: factors whose size is proportional to the micro-batch.
             keep: what is wanted of what is planned.
             outlines: what is known of programs that come out; nothing otherwise.
+            sum_dtypes: values whose sums are taken in another type than their own, with that.
         """
         self.program, self.sizes, self.growing, self.keep = program, tuple(sizes), growing, keep
         self.axes = tuple(axes)
@@ -133,6 +135,7 @@ class Setting:
         self.moves: dict[tuple[int, Held, Layout], tuple[Outcome, int]] = {}
         """Conversions by value, state and target, with the version that each makes."""
         self.outlines = Outlines() if outlines is None else outlines
+        self.sum_dtypes = {} if sum_dtypes is None else sum_dtypes
         self._elsewhere: dict[tuple[int, ...], Setting] = {}
         self._states: dict[tuple, Held] = {}
         self._bytes: dict[tuple[int, Held, int], float] = {}
@@ -264,8 +267,12 @@ class Setting:
             return NOTHING, held.layouts.index(target)
         layouts = held.layouts
         source = min(range(len(layouts)), key=lambda i: (_distance(layouts[i], target), i))
-        steps = tuple(convert(self.axes, self.frame(value, held.lazy), layouts[source], target))
-        return self._version(value, held, source, target, steps)
+        return self._version(value, held, source, target, self.steps(value, held, source, target))
+
+    def steps(self, value: int, held: Held, source: int, target: Layout) -> tuple[Step, ...]:
+        """From a version of a value to a layout."""
+        steps = tuple(convert(self.axes, self.frame(value, held.lazy), held.layouts[source], target))
+        return summed_in(steps, self.sum_dtypes[value]) if value in self.sum_dtypes else steps
 
     def relabel(self, value: int, held: Held, layout: Layout) -> tuple[Outcome, int]:
         """Sees a value's first version as another layout of the same local array."""
@@ -275,8 +282,7 @@ class Setting:
 
     def settle(self, value: int, held: Held) -> Outcome:
         """Makes a value's first version from its second, in which it is computed."""
-        first, second = held.layouts
-        return self._step(value, held, 1, 0, tuple(convert(self.axes, self.frame(value, held.lazy), second, first)))
+        return self._step(value, held, 1, 0, self.steps(value, held, 1, held.first))
 
     def _version(self, value: int, held: Held, source: int, target: Layout, steps: tuple) -> tuple[Outcome, int]:
         after = self.state((*held.layouts, target), lazy=held.lazy, zero=held.zero)

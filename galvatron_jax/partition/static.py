@@ -15,7 +15,7 @@ from galvatron_jax.partition.liveness import Where
 from galvatron_jax.partition.outline import Outlines
 from galvatron_jax.partition.recent import Recent
 from galvatron_jax.spec.model import LayerKind, PortRole
-from galvatron_jax.spec.program import FactorKind, FactorRole, Linearity, Operation, Place, Program
+from galvatron_jax.spec.program import FactorKind, FactorRole, Linearity, Operation, Place, Program, sum_dtype
 from galvatron_jax.spec.strategy import Remat
 
 MAX_CONTEXTS = 256
@@ -276,6 +276,15 @@ class StaticKind:
     def tables(self) -> frozenset[int]:
         """Parameters in which rows are looked up, as far as their gradients add up rows."""
         return frozenset(self.kind.inputs[port].value for port in self.table_gradients.values())
+
+    def sum_dtypes(self, dtype: str | None) -> dict[int, str]:
+        """Gradients of parameters that are summed in another type than their own, with that."""
+        if dtype is None:
+            return {}
+        gradients = [port.gradient for port in self.kind.inputs if port.role is PortRole.PARAMETER]
+        own = {value: self.program.program.values[value].dtype for value in gradients if value is not None}
+        found = {value: sum_dtype(its, dtype) for value, its in own.items()}
+        return {value: narrower for value, narrower in found.items() if narrower != own[value]}
 
     def is_affine(self, growing: frozenset[int]) -> bool:
         """Whether every value and all work is fixed or proportional to the micro-batch, and parameters are fixed."""

@@ -173,6 +173,7 @@ def plan_facts(plan: Plan) -> Group:
     rows = [
         ("model", f"{plan.model} ({plan.model_fingerprint or 'any model with as many layers'})"),
         ("executor", plan.executor),
+        *([("gradients summed in", plan.gradient_sum_dtype)] if plan.gradient_sum_dtype else []),
         ("schedule", plan.schedule.value),
         *([("stages lie along", ", ".join(plan.pipeline_axes))] if plan.pipeline_axes else []),
         ("batch split over", ", ".join(plan.batch_axes) or "no axis"),

@@ -41,7 +41,7 @@ from galvatron_jax.runtime.step import Step
 from galvatron_jax.runtime.storage import Group, Storage
 from galvatron_jax.spec.model import PortRole
 from galvatron_jax.spec.profile import CollectiveKind
-from galvatron_jax.spec.program import Program
+from galvatron_jax.spec.program import Program, sum_dtype
 from galvatron_jax.trace.model import Traced
 
 
@@ -318,7 +318,8 @@ class _PipelinePrediction(_Prediction):
                     self.move(group.shape, group.dtype, *layouts)
                     self.move(group.shape, group.dtype, *layouts[::-1])
             shape = group.local_shape(mesh, optimizer=True)[1 if group.stacked else 0 :]
-            self.count("all-reduce", axes, math.prod(shape) * itemsize(str(group.dtype)), str(group.dtype))
+            dtype = sum_dtype(str(group.dtype), step.plan.gradient_sum_dtype)
+            self.count("all-reduce", axes, math.prod(shape) * itemsize(dtype), dtype)
 
     def count(self, kind: str, axes: tuple[str, ...], size: int, dtype: str) -> None:
         """One more collective."""

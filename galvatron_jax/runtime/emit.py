@@ -73,9 +73,11 @@ def run_steps(x: Any, steps: Sequence[Step], shape: tuple[int, ...], *, via: Col
         via: how collectives are run.
         lead: number of extra leading dims (layers of a stack).
     """
-    head = x.shape[:lead]
+    head, dtype = x.shape[:lead], x.dtype
     for step in steps:
         x = jnp.reshape(x, head + step.shape)
+        if step.dtype is not None:
+            x = x.astype(step.dtype)
         split, join = step.split + lead, step.join + lead
         if step.kind is StepKind.SLICE:
             size = x.shape[split] // step.size
@@ -88,7 +90,8 @@ def run_steps(x: Any, steps: Sequence[Step], shape: tuple[int, ...], *, via: Col
             x = via.reduce_scatter(x, step.names, step.size, split)
         else:
             x = via.all_to_all(x, step.names, step.size, split, join)
-    return jnp.reshape(x, head + shape)
+    x = jnp.reshape(x, head + shape)
+    return x if x.dtype == dtype else x.astype(dtype)
 
 
 @dataclass

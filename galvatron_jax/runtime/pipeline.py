@@ -24,6 +24,7 @@ from galvatron_jax.runtime.stage_optimizer import StageOptimizer, make_stage_opt
 from galvatron_jax.runtime.stage_storage import Place, StageStorage
 from galvatron_jax.runtime.synchronise import Synchroniser
 from galvatron_jax.runtime.turns import take_turn
+from galvatron_jax.spec.program import sum_dtype
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,9 @@ class PipelineStep(StepProgram):
         flats, parts = take_turn(here, reduced, (sums, storage.nothing_exchanged()))
         if not storage.shared:
             return flats
-        totals = lax.psum(parts, storage.axes)
+        dtypes = {reference: sum_dtype(str(x.dtype), self.plan.gradient_sum_dtype) for reference, x in parts.items()}
+        totals = lax.psum({reference: x.astype(dtypes[reference]) for reference, x in parts.items()}, storage.axes)
+        totals = {reference: x.astype(parts[reference].dtype) for reference, x in totals.items()}
         return take_turn(here, {case: partial(shared, case) for case in cases}, (flats, totals))[0]
 
     def _reduced(self, case: int, scale: Any, arrays: tuple[Flats, dict]) -> tuple[Flats, dict]:

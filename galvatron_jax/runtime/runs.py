@@ -87,7 +87,12 @@ def make_runs(traced: Traced, plan: Plan) -> tuple[list[list[Run]], Layouts]:
     strategies = plan.strategies
     locals_ = [
         plan_local(
-            spec.kinds[layer.kind], strategy, mesh=mesh, microbatch=spec.microbatch, model_microbatch=spec.microbatch
+            spec.kinds[layer.kind],
+            strategy,
+            mesh=mesh,
+            microbatch=spec.microbatch,
+            model_microbatch=spec.microbatch,
+            gradient_sum_dtype=plan.gradient_sum_dtype,
         )
         for layer, strategy in zip(spec.layers, strategies, strict=True)
     ]

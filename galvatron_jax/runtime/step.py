@@ -28,6 +28,7 @@ from galvatron_jax.runtime.storage import Storage
 from galvatron_jax.runtime.synchronise import Synchroniser
 from galvatron_jax.runtime.totals import Gradients
 from galvatron_jax.spec.plan import Plan
+from galvatron_jax.spec.plan_checks import gradient_sum_faults
 from galvatron_jax.trace.model import Traced
 
 
@@ -47,7 +48,8 @@ def build_step(
         devices: the mesh's devices, slowest link first; all of JAX's by default.
 
     Raises:
-        PlanMismatchError: when devices, layers or the micro-batch differ from the plan's.
+        PlanMismatchError: when devices, layers or the micro-batch differ from the plan's, or gradients cannot be
+            summed as it says.
     """
     devices = list(jax.devices() if devices is None else devices)
     if len(devices) != plan.num_devices:
@@ -61,6 +63,8 @@ def build_step(
         raise PlanMismatchError(
             f"the plan has strategies for {len(plan.strategies)} layers, the model has {len(traced.spec.layers)}."
         )
+    for fault in gradient_sum_faults(plan.gradient_sum_dtype, traced.spec, executor=plan.executor):
+        raise PlanMismatchError(fault)
     names = tuple(axis.name for axis in plan.mesh) or ("device",)
     shape = tuple(axis.size for axis in plan.mesh) or (1,)
     mesh = Mesh(np.array(devices).reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))

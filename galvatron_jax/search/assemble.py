@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from galvatron_jax.cost.model import CostModel
 from galvatron_jax.cost.pipeline import predict_pipeline
-from galvatron_jax.cost.planner import PlanTable
 from galvatron_jax.cost.step import predict
 from galvatron_jax.search.chain import Chain, Solution, evaluate
 from galvatron_jax.search.pipeline_problems import PipelineBest
@@ -30,6 +29,7 @@ def make_plan(best: Best, *, memory_bytes: int | None) -> Plan:
         num_microbatches=batching.num_microbatches,
         stages=(Stage(groups=group(strategies)),),
         batch_axes=batching.axes,
+        gradient_sum_dtype=costs.table.gradient_sum_dtype,
         prediction=predict(costs, strategies, batching, memory_bytes=memory_bytes),
     )
 
@@ -52,13 +52,14 @@ def make_pipeline_plan(best: PipelineBest, *, memory_bytes: int | None) -> Plan:
         ),
         pipeline_axes=tuple(axis.name for axis in pipelining.axes),
         batch_axes=batching.axes,
+        gradient_sum_dtype=costs.table.gradient_sum_dtype,
         prediction=predict_pipeline(costs, pipelining, starts, strategies, batching, memory_bytes=memory_bytes),
     )
 
 
 def _exact(costs: CostModel) -> CostModel:
     """The same cost model without interpolation between micro-batches: what `price_plan` uses."""
-    return replace(costs, table=PlanTable(costs.model, costs.table.mesh, costs.table.planner))
+    return replace(costs, table=costs.table.exact())
 
 
 def group(strategies: Sequence[LayerStrategy], *, first: int = 0) -> tuple[LayerGroup, ...]:

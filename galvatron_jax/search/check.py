@@ -95,6 +95,7 @@ def _problems(question: Question, plan: Plan) -> Iterator[tuple[Chain | Pipeline
         optimizer=question.optimizer,
         planner=question.planner or default_planner(),
         pipeline_axes=axes,
+        gradient_sum_dtype=plan.gradient_sum_dtype,
     )
     tables = TableBuilder(costs, question.space, Counter())
     batching = Batching(plan.global_batch, plan.num_microbatches, plan.batch_axes)

@@ -24,6 +24,7 @@ from galvatron_jax.search.space import Rule, SearchSpace, meshes_for
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import MeshAxis, Plan
+from galvatron_jax.spec.plan_checks import check_gradient_sums
 from galvatron_jax.spec.profile import Profile
 
 _DEFAULT_SPACE = SearchSpace()
@@ -65,9 +66,10 @@ def search(
         planner: for tests; the partitioner otherwise.
 
     Raises:
-        InputError: when the batch or the number of micro-batches is wrong.
+        InputError: when the batch, the number of micro-batches or the type of sums is wrong.
         InfeasibleError: when no plan fits; it names the nearest one and what would fit.
     """
+    check_gradient_sums(space.gradient_sum_dtype, model)
     request = _Request(
         model=model,
         cluster=cluster,
@@ -263,6 +265,7 @@ def _costs(request: _Request, mesh: tuple[MeshAxis, ...], pipeline_axes: tuple[M
         planner=request.planner,
         pipeline_axes=pipeline_axes,
         microbatches=tuple(sorted(request.global_batch // count for count in counts)) if affine else (),
+        gradient_sum_dtype=request.space.gradient_sum_dtype,
     )
 
 

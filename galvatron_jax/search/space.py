@@ -101,6 +101,8 @@ class SearchSpace:
     """Of pipelines."""
     num_chunks: tuple[int, ...] = (2,)
     """Virtual stages on each group under the interleaved schedule."""
+    gradient_sum_dtype: str | None = None
+    """Type in which gradients are summed over devices; None for their own. See `Plan.gradient_sum_dtype`."""
     disabled_rules: frozenset[Rule] = frozenset()
     """Rules not to apply."""
 

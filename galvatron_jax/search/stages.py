@@ -170,5 +170,5 @@ class PipelineBuilder:
             size = next(
                 table.tied_bytes[way][name] for way in table.offered_ties if table.ties[way][name] == variant[name]
             )
-            ties.append(Tie(users, exchange_seconds(self.tables.costs, pipelining, size)))
+            ties.append(Tie(users, exchange_seconds(self.tables.costs, pipelining, name, size, user=users[0])))
         return tuple(ties)

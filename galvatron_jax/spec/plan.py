@@ -163,6 +163,10 @@ class Plan(Document):
     """Mesh axes over which the input batch, and values that cross more than one layer, split their batch dim."""
     executor: str = "local"
     """Which executor runs it: `local` (the planner's own programs), or `annotate` (XLA's partitioner; one stage)."""
+    gradient_sum_dtype: str | None = None
+    """Type in which gradients are summed over devices where their own is wider, such as `bfloat16` for parameters in
+    float32: half the bytes, and summands and sums are rounded to it. Each device adds up those of its micro-batches in
+    their own type all the same. None sums in that everywhere. Of the executor `local` alone."""
     prediction: Prediction | None = None
     """What the cost model expects; None in a plan written by hand."""
     software: dict[str, str] = Field(default_factory=dict)

@@ -6,10 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from galvatron_jax.errors import PlanMismatchError
+from galvatron_jax.errors import InputError, PlanMismatchError
 from galvatron_jax.spec.mesh import mesh_shape, prime_factors
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import LayerGroup, Plan, Schedule
+from galvatron_jax.spec.program import FLOAT_BYTES
 from galvatron_jax.spec.validation import did_you_mean
 
 EXECUTORS = ("local", "annotate")
@@ -35,6 +36,7 @@ def check_plan(plan: Plan, model: ModelSpec, num_devices: int) -> None:
         *_pipeline_faults(plan),
         *_batch_faults(plan),
         *_executor_faults(plan),
+        *_gradient_sum_faults(plan, model),
     ]
     if faults:
         heading = f"This plan for {plan.model!r} cannot train {model.name!r} on {_count(num_devices, 'device')}:"
@@ -158,6 +160,35 @@ def _executor_faults(plan: Plan) -> Iterator[str]:
         yield f"executor: no executor {plan.executor!r}.{did_you_mean(plan.executor, EXECUTORS)}"
     elif plan.executor == "annotate" and len(plan.stages) > 1:
         yield f"executor: `annotate` runs plans of one stage, this one has {len(plan.stages)}; use `local`."
+
+
+def _gradient_sum_faults(plan: Plan, model: ModelSpec) -> Iterator[str]:
+    for fault in gradient_sum_faults(plan.gradient_sum_dtype, model, executor=plan.executor):
+        yield f"gradient_sum_dtype: {fault}"
+
+
+def gradient_sum_faults(dtype: str | None, model: ModelSpec, *, executor: str = "local") -> Iterator[str]:
+    """Why an executor cannot sum a model's gradients in a type; None is their own."""
+    if dtype is None:
+        return
+    if dtype not in FLOAT_BYTES:
+        yield f"{dtype!r} is no type to sum gradients in.{did_you_mean(dtype, FLOAT_BYTES)}"
+        return
+    own = sorted({parameter.dtype for parameter in model.parameters})
+    if not any(dtype == each or FLOAT_BYTES[dtype] < FLOAT_BYTES.get(each, 0) for each in own):
+        yield f"{dtype} is not narrower than the gradients, which are {' or '.join(own)}; use None."
+    if executor == "annotate":
+        yield "`annotate` leaves it to XLA in which type gradients are summed; use `local`, or None."
+
+
+def check_gradient_sums(dtype: str | None, model: ModelSpec, *, executor: str = "local") -> None:
+    """Makes sure that an executor can sum a model's gradients in a type.
+
+    Raises:
+        InputError: when it cannot, naming the first reason.
+    """
+    for fault in gradient_sum_faults(dtype, model, executor=executor):
+        raise InputError(fault)
 
 
 def _pipeline_faults(plan: Plan) -> Iterator[str]:

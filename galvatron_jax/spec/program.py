@@ -11,6 +11,19 @@ from typing import NamedTuple
 
 from galvatron_jax.spec.document import Record
 
+FLOAT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+"""Types in which gradients may be summed, with the bytes of an element."""
+
+
+def sum_dtype(own: str, asked: str | None) -> str:
+    """The type in which gradients of a type are summed over devices: the one asked for where that is narrower.
+
+    Example:
+        >>> sum_dtype("float32", "bfloat16"), sum_dtype("bfloat16", "float32"), sum_dtype("float32", None)
+        ('bfloat16', 'bfloat16', 'float32')
+    """
+    return own if asked is None or FLOAT_BYTES.get(own, 0) <= FLOAT_BYTES[asked] else asked
+
 
 class FactorRole(StrEnum):
     """What a factor means to the model."""

@@ -148,6 +148,34 @@ def test_the_executor_is_chosen_by_argument_or_plan():
         build(plan=plan, executor="xla")
 
 
+def test_the_type_of_sums_is_chosen_by_argument_or_plan():
+    own, narrow = build(), build(sum_gradients_in="bfloat16")
+    assert (own.plan.gradient_sum_dtype, narrow.plan.gradient_sum_dtype) == (None, "bfloat16")
+    assert narrow.prediction.time.step_s < own.prediction.time.step_s
+    assert build(plan=narrow.plan).prediction == narrow.prediction
+    assert build(plan=own.plan, sum_gradients_in="bfloat16").plan.gradient_sum_dtype == "bfloat16"
+    batch = gpt2.random_batch(CONFIG, BATCH)
+    losses = []
+    for step in (own, narrow):
+        state, _ = step(step.init(0), batch)
+        losses.append(float(step(state, batch)[1]["loss"]))
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sum_gradients_in": "float64"}, "float64 is not narrower than the gradients, which are float32"),
+        ({"sum_gradients_in": "int8"}, "'int8' is no type to sum gradients in. Known: bfloat16, float16"),
+        ({"sum_gradients_in": "bfloat16", "executor": "annotate"}, "`annotate` leaves it to XLA"),
+    ],
+)
+def test_what_gradients_cannot_be_summed_in_is_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        build(**changes)
+
+
 class LinenNet(flax.linen.Module):
     @flax.linen.compact
     def __call__(self, x):

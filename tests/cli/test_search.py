@@ -75,6 +75,17 @@ def test_pipelines_are_searched_unless_one_stage_is_asked_for(search):
     assert every["examples_per_s"] >= document["examples_per_s"]
 
 
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_narrower_sums_of_gradients_are_priced_and_checked(search, pipeline):
+    arguments = ("--pipeline", pipeline, "--num-microbatches", 2, "--check", "--json")
+    own = result(search(*arguments, cluster="titanrtx8"))
+    narrow = result(search(*arguments, "--sum-gradients-in", "bfloat16", cluster="titanrtx8"))
+    plan = Plan.model_validate(narrow["plan"])
+    assert (plan.gradient_sum_dtype, len(plan.stages)) == ("bfloat16", pipeline)
+    assert narrow["examples_per_s"] > own["examples_per_s"]
+    assert not narrow["check"]["refuted"]
+
+
 def test_devices_may_stay_unused(search):
     every, some = (result(search(*option, "--json", cluster="h100x8")) for option in ([], ["--fewer-devices"]))
     devices = [math.prod(axis["size"] for axis in found["plan"]["mesh"]) for found in (every, some)]

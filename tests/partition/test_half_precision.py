@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from flax import nnx
 
 from galvatron_jax.models import registry
+from galvatron_jax.partition.layer_plan import Collective, LayerPlan
 from galvatron_jax.partition.layers import plan_layer
 from galvatron_jax.spec.profile import CollectiveKind
 from galvatron_jax.spec.strategy import LayerStrategy, SequenceParallel
@@ -82,3 +85,29 @@ def test_parameters_are_gathered_in_the_narrower_type(family: str) -> None:
         assert gathered.count("bfloat16") > 0 or layer is not spec.layers[1]
         summed = [c for c in plan.backward.collectives if c.kind is CollectiveKind.REDUCE_SCATTER]
         assert {c.dtype for c in summed} <= {"float32"}
+
+
+def sums(plan: LayerPlan) -> Iterator[Collective]:
+    """Of parameters' gradients over data axes, scattered backward or once a step."""
+    for one in (*plan.backward.collectives, *(c for parameter in plan.parameters for c in parameter.sync)):
+        if one.kind in (CollectiveKind.ALL_REDUCE, CollectiveKind.REDUCE_SCATTER) and "a" in one.axes:
+            yield one
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "moe"])
+def test_gradients_are_summed_in_the_type_asked_for(family: str, zero: int) -> None:
+    """Where it is narrower than their own; nothing else of a layer's plan is changed."""
+    strategy = LayerStrategy(dp=("a",), tp=("b",), zero=zero)
+    for param_dtype in ("float32", "bfloat16"):
+        spec = traced(family, "bfloat16", param_dtype=param_dtype).spec
+        kind = spec.kinds[spec.layers[len(spec.layers) // 2].kind]
+        about = {"mesh": MESH, "microbatch": 8, "model_microbatch": 8}
+        wide, narrow = (plan_layer(kind, strategy, **about, gradient_sum_dtype=dtype) for dtype in (None, "bfloat16"))
+        assert narrow.forward == wide.forward
+        assert {c.dtype for c in sums(wide)} == {param_dtype}
+        assert {c.dtype for c in sums(narrow)} == {"bfloat16"}
+        assert (narrow == wide) == (param_dtype == "bfloat16")
+        halves = 2 if param_dtype == "float32" else 1
+        assert [c.bytes for c in sums(wide)] == [halves * c.bytes for c in sums(narrow)]

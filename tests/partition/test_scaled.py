@@ -28,9 +28,17 @@ def strategies(kind: LayerKind, mesh: dict[str, int], microbatch: int) -> tuple[
     return EVERY.strategies(kind, mesh=axes, microbatch=microbatch, pruned=Counter())
 
 
-def series(kind: LayerKind, strategy: LayerStrategy, mesh: dict[str, int], microbatch: int) -> tuple[LayerSeries, ...]:
-    sizes = (microbatch, 2 * microbatch)
-    return plan_series(kind, strategy, mesh=mesh, microbatches=sizes, model_microbatch=MICROBATCH)
+def series(
+    kind: LayerKind, strategy: LayerStrategy, mesh: dict[str, int], microbatch: int, sums: str | None = None
+) -> tuple[LayerSeries, ...]:
+    return plan_series(
+        kind,
+        strategy,
+        mesh=mesh,
+        microbatches=(microbatch, 2 * microbatch),
+        model_microbatch=MICROBATCH,
+        gradient_sum_dtype=sums,
+    )
 
 
 def content(found: tuple[LayerSeries, ...]) -> list[dict]:
@@ -95,17 +103,23 @@ def test_an_axis_of_one_device_tells_nothing_of_others(monkeypatch: pytest.Monke
             assert found == content(series(alone, strategy, mesh, 24)), kind.name
 
 
-def test_what_follows_is_what_would_run() -> None:
+@pytest.mark.parametrize("sums", [None, "bfloat16"])
+def test_what_follows_is_what_would_run(sums: str | None) -> None:
+    """Whatever is planned of gradients that are summed in another type."""
     for kind in traced("llama").spec.kinds:
-        shared, mesh = kind.model_copy(), {"a": 4, "b": 2}
+        shared, mesh, other = kind.model_copy(), {"a": 4, "b": 2}, "bfloat16" if sums is None else None
         for strategy in strategies(kind, FIRST, 8):
-            series(shared, strategy, FIRST, 8)
+            series(shared, strategy, FIRST, 8, other)
+            series(shared, strategy, FIRST, 8, sums)
         for strategy in strategies(kind, mesh, 64)[::7]:
-            planned = plan_layer(kind, strategy, mesh=mesh, microbatch=64, model_microbatch=MICROBATCH)
-            last = series(shared, strategy, mesh, 64)[0].at(64)
+            planned = plan_layer(
+                kind, strategy, mesh=mesh, microbatch=64, model_microbatch=MICROBATCH, gradient_sum_dtype=sums
+            )
+            last = series(shared, strategy, mesh, 64, sums)[0].at(64)
             assert last.forward == replace(planned.forward, instructions=()), strategy.short()
             assert last.backward == replace(planned.backward, instructions=()), strategy.short()
             assert last.residual_bytes == planned.residual_bytes
+            assert last.parameters == planned.parameters
 
 
 def test_models_go_with_their_kind() -> None:

@@ -240,6 +240,18 @@ def test_the_annotate_executor_runs_one_stage():
     )
 
 
+def test_gradients_are_summed_in_a_type_that_is_not_wider_than_theirs():
+    assert faults(samples.plan(gradient_sum_dtype="bfloat8"))[1:] == [
+        "gradient_sum_dtype: 'bfloat8' is no type to sum gradients in. Did you mean 'bfloat16'?"
+    ]
+    assert faults(samples.plan(gradient_sum_dtype="float64", executor="annotate"))[1:] == [
+        "gradient_sum_dtype: float64 is not narrower than the gradients, which are float32; use None.",
+        "gradient_sum_dtype: `annotate` leaves it to XLA in which type gradients are summed; use `local`, or None.",
+    ]
+    for dtype in ("float32", "bfloat16", "float16"):
+        check_plan(samples.plan(gradient_sum_dtype=dtype), samples.model_spec(), 8)
+
+
 @pytest.mark.parametrize("ending", ["json", "toml"])
 def test_pipelines_keep_their_shape_in_files_and_differ_by_place(tmp_path, ending):
     plan = pipeline(4, schedule=Schedule.INTERLEAVED)
