@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -71,7 +71,8 @@ class Storage:
     def layout(self, value: int, *, sharded: bool) -> Layout:
         """A parameter as it is stored: tensor axes on its hidden factor, and ZeRO's on the largest one with room.
 
-        So which one does not hang on how many devices the tensor axes have.
+        Where tensor axes lie within ZeRO's, a gather over these would need one over those: rather another factor then.
+        Which one it is does not hang on how many devices the tensor axes have.
         """
         key = value, sharded
         if key not in self._layouts:
@@ -85,15 +86,25 @@ class Storage:
         if math.prod(self.sizes[f] for f in positions) < least:
             return whole
         for index in self.axes.of(Role.STORAGE):
-            size = self.axes.axes[index].size
-            room = []
-            for position, factor in enumerate(positions):
-                here = [a for a, at in zip(self.axes.axes, layout, strict=True) if at == position]
-                if self.sizes[factor] // math.prod([a.size for a in here]) % size == 0:
-                    room.append((any(a.role is Role.STORAGE for a in here), self.sizes[factor], -position))
-            if room:
-                layout[index] = -max(room)[2]
+            room = [self._room(value, layout, index, position) for position in range(len(positions))]
+            best = max([each for each in room if each is not None], default=None)
+            if best is not None:
+                layout[index] = -best[-1]
         return tuple(layout)
+
+    def _room(self, value: int, layout: Sequence[int], index: int, position: int) -> tuple | None:
+        """How good a place a position is for a storage axis, and the place negated; None where it does not fit."""
+        axes, frame, factor = self.axes.axes, self._frame(value), self.program.positions[value][position]
+        here = [axis for axis, at in enumerate(layout) if at == position]
+        if self.sizes[factor] // math.prod([axes[axis].size for axis in here]) % axes[index].size:
+            return None
+        stored = any(axes[axis].role is Role.STORAGE for axis in here)
+        own = order_at(axes, frame, position, index)
+        within = all(order_at(axes, frame, position, axis) <= own for axis in here)
+        return stored, within, self.sizes[factor], -position
+
+    def _frame(self, value: int) -> Frame:
+        return Frame(tuple([self.sizes[f] for f in self.program.positions[value]]), self.program.ascending[value])
 
     @cached_property
     def homes(self) -> dict[int, Home]:
@@ -143,7 +154,7 @@ class Storage:
         port, axes = self.static.kind.inputs[index], self.axes.axes
         value = port.value
         stored, optimizer = self.layout(value, sharded=zero == 3), self.layout(value, sharded=zero >= 1)
-        frame = Frame(tuple(self.sizes[f] for f in self.program.positions[value]), self.program.ascending[value])
+        frame = self._frame(value)
         held = accumulated if accumulated is not None else self.layout(value, sharded=False)
         # ZeRO's axes take over the data axes' sums.
         sync = tuple(convert(axes, frame, self.mirrored(held) if zero == 1 else held, optimizer))
@@ -188,7 +199,7 @@ class Storage:
     def boundary_spec(self, value: int, layout: Layout) -> BoundarySpec:
         """Mesh axes per dim of a value that crosses layers."""
         program = self.program
-        frame = Frame(tuple(self.sizes[f] for f in program.positions[value]), program.ascending[value])
+        frame = self._frame(value)
         dims: list[tuple[str, ...]] = [()] * program.rank[value]
         for position, dim in enumerate(program.dim_of[value]):
             dims[dim] += _axes_at(self.axes.axes, frame, layout, position)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from galvatron_jax.partition.static import StaticKind, StaticOp, prepare_kind
@@ -31,19 +31,34 @@ def split(static: StaticKind, remat: Remat) -> Split:
 
 
 def plainest(static: StaticKind, remat: Remat) -> Remat:
-    """The first policy that keeps and repeats the same; what repeats nothing is no rematerialisation."""
+    """The first policy that keeps and repeats the same.
+
+    Without rematerialisation values are kept in all their layouts, with it in the smallest. So where any are kept, a
+    policy that would repeat no work is not yet the same as none.
+    """
     known = static.memo.plainest
     if remat not in known:
-        key = split(static, remat).key
-        known[remat] = next(policy for policy in Remat if split(static, policy).key == key)
+        parts = split(static, remat)
+        known[remat] = next(
+            policy
+            for policy in Remat
+            if split(static, policy).key == parts.key
+            and (not parts.saved or (policy is Remat.NONE) == (remat is Remat.NONE))
+        )
     return known[remat]
 
 
-def distinct_remats(kind: LayerKind, policies: Sequence[Remat]) -> tuple[Remat, ...]:
-    """Of some policies, those that differ in what a layer keeps and repeats; of equal ones the first."""
-    static, found = prepare_kind(kind), dict[Remat, Remat]()
+def distinct_remats(kind: LayerKind, policies: Sequence[Remat], *, layouts: bool = True) -> tuple[Remat, ...]:
+    """Of some policies, those that differ in what a layer keeps and repeats; of equal ones the first.
+
+    Args:
+        kind: the layer kind.
+        policies: to choose from.
+        layouts: whether it counts as a difference that the same values are kept in fewer layouts.
+    """
+    static, found = prepare_kind(kind), dict[Hashable, Remat]()
     for policy in policies:
-        found.setdefault(plainest(static, policy), policy)
+        found.setdefault(plainest(static, policy) if layouts else split(static, policy).key, policy)
     return tuple(found.values())
 
 

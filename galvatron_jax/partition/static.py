@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -327,19 +327,26 @@ def _prepare_kind(kind: LayerKind) -> StaticKind:
         parameter_values=frozenset(kind.inputs[i].value for i in parameters),
         gradient_operations=frozenset(gradient),
         fixed=frozenset(fixed),
-        indices=_indices(kind, program.operations),
+        indices=_indices(kind, program),
         producer=producer,
         table_gradients=_table_gradients(kind, program.operations, producer),
     )
 
 
-def _indices(kind: LayerKind, operations: Sequence[StaticOp]) -> frozenset[int]:
-    values = kind.program.values
+def _indices(kind: LayerKind, program: StaticProgram) -> frozenset[int]:
+    """As `StaticKind.indices`; work that mixes examples may have to move them, and is not repeated."""
+    values, constants = kind.program.values, frozenset(kind.program.constants)
     whole = {index for index, value in enumerate(values) if value.dtype == "bool" or "int" in value.dtype}
     given = [port.value for port in kind.inputs if port.role is PortRole.BATCH]
-    known = whole & {*given, *kind.program.constants}
-    for op in operations:
-        if op.place <= Where.FUSED and known.issuperset(op.operands) and whole.issuperset(op.results):
+    known = whole & {*given, *constants}
+
+    def batches(operands: Iterable[int]) -> set[frozenset[int]]:
+        return {frozenset(f for f in program.positions[v] if program.roles[f] is FactorRole.BATCH) for v in operands}
+
+    for op in program.operations:
+        made_of = [v for v in op.operands if v not in constants]
+        alike = len(batches([*made_of, *op.results])) == 1
+        if alike and op.place <= Where.FUSED and known.issuperset(op.operands) and whole.issuperset(op.results):
             known.update(op.results)
     return frozenset(known)
 

@@ -15,12 +15,13 @@ from galvatron_jax.errors import InfeasibleError, InputError
 from galvatron_jax.search.assemble import make_pipeline_plan, make_plan
 from galvatron_jax.search.collection import collection_paused
 from galvatron_jax.search.explain import RunnerUp, SearchResult, SearchStatistics
-from galvatron_jax.search.families import FAMILIES
+from galvatron_jax.search.families import FAMILIES, Family
 from galvatron_jax.search.infeasible import nothing_fits
 from galvatron_jax.search.pipeline_problems import Layout, PipelineBest, layouts_of
 from galvatron_jax.search.pipelines import PipelineSearch, least_pipeline
 from galvatron_jax.search.problems import Best, Chains, Effort, Problem, Progress, build_problems, fastest, least_memory
 from galvatron_jax.search.space import Rule, SearchSpace, meshes_for
+from galvatron_jax.search.tables import TableBuilder
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import MeshAxis, Plan
@@ -292,7 +293,7 @@ def _runners_up(found: _Attempt, *, memory_bytes: int) -> tuple[RunnerUp, ...]:
     """The best plan of every family but the winner's own; where none fits, the family's smallest."""
     winner, others = found.plan, []
     for family in FAMILIES:
-        if len(winner.stages) == 1 and all(family.allows(strategy) for strategy in winner.strategies):
+        if len(winner.stages) == 1 and _is_of(family, winner, found.problems[0].builder.tables):
             continue
         if not any(problem.builder.tables.offers(family.allows) for problem in found.problems):
             continue
@@ -310,6 +311,12 @@ def _runners_up(found: _Attempt, *, memory_bytes: int) -> tuple[RunnerUp, ...]:
         if _differs(plan, winner, others) and all(name != other.family for other in others):
             others.append(RunnerUp(name, plan, fits=True))
     return tuple(sorted(others, key=_rank))
+
+
+def _is_of(family: Family, plan: Plan, tables: TableBuilder) -> bool:
+    kinds = [layer.kind for layer in tables.costs.model.layers]
+    allows = {kind: tables.sort(kind, family.allows) for kind in set(kinds)}
+    return all(allows[kind](strategy) for kind, strategy in zip(kinds, plan.strategies, strict=True))
 
 
 def _differs(plan: Plan, winner: Plan, others: list[RunnerUp]) -> bool:

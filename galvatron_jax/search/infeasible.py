@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from galvatron_jax.cost.model import Batching, CostModel
-from galvatron_jax.cost.planner import PlanTable
 from galvatron_jax.cost.step import plan_memory
 from galvatron_jax.errors import InfeasibleError
 from galvatron_jax.search.explain import describe_groups, memory_rows
@@ -130,4 +129,4 @@ def _indivisible(strategies: tuple[LayerStrategy, ...], batching: Batching, mesh
 
 def _moved(costs: CostModel, mesh: tuple[MeshAxis, ...]) -> CostModel:
     """The same cost model on another mesh; only its memory is asked for."""
-    return replace(costs, table=PlanTable(costs.model, mesh, costs.table.planner))
+    return replace(costs, table=replace(costs.table.exact(), mesh=mesh))

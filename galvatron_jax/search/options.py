@@ -30,7 +30,10 @@ class ChainBuilder:
         """
         slots = self.tables.slots
         frequent = max(slots, key=slots.count)
-        if allowed is not None and not any(map(allowed, self.tables.candidates(frequent.wiring.kind, batching))):
+        kind = frequent.wiring.kind
+        if allowed is not None and not any(
+            map(self.tables.sort(kind, allowed), self.tables.candidates(kind, batching))
+        ):
             return None
         while True:
             tables = {slot: self._table(slot, batching, allowed) for slot in dict.fromkeys(slots)}
@@ -51,7 +54,7 @@ class ChainBuilder:
         prune = self.tables.space.applies(Rule.DOMINATED)
         priced = self.tables.table(slot, batching)
         if allowed is not None:
-            kept = priced.allowing(allowed)
+            kept = priced.allowing(self.tables.sort(slot.wiring.kind, allowed))
             return kept.undominated(_columns(kept, batching.num_microbatches)) if prune else kept
         key = self.tables.key(slot, batching)
         if key not in self._undominated:

@@ -18,7 +18,7 @@ from galvatron_jax.cost.wiring import LayerWiring
 from galvatron_jax.partition.layer_plan import ParameterPlan
 from galvatron_jax.partition.series import LayerSeries
 from galvatron_jax.search.space import SearchSpace
-from galvatron_jax.spec.strategy import LayerStrategy
+from galvatron_jax.spec.strategy import LayerStrategy, Remat
 
 FlatArray = tuple[str, str]
 """What lies in a flat array of a pipeline's stage, and its dtype. Slots of the optimizer that are alike are one."""
@@ -147,6 +147,14 @@ class TableBuilder:
         default_factory=dict, repr=False
     )
     """Bytes in `flat_arrays`, with the parameters that the key's identity stands for."""
+
+    def sort(self, kind: int, allowed: Allowed) -> Allowed:
+        """Some strategies of a layer kind, and those under which it does the same: of these only one is offered."""
+        layer, planner = self.costs.model.kinds[kind], self.costs.table.planner
+        same = {p: [q for q in Remat if q is p or len(planner.distinct_remats(layer, (p, q))) == 1] for p in Remat}
+        return lambda strategy: any(
+            allowed(strategy.model_copy(update={"remat": policy})) for policy in same[strategy.remat]
+        )
 
     def offers(self, allowed: Allowed) -> bool:
         """Whether any layer can use any of some strategies."""

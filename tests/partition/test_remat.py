@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 
-from galvatron_jax.partition import distinct_remats
+from galvatron_jax.partition import distinct_remats, layers
 from galvatron_jax.partition.layers import plan_layer, plan_local
+from galvatron_jax.partition.remat import plainest
+from galvatron_jax.partition.static import prepare_kind
 from galvatron_jax.spec.model import LayerKind
-from galvatron_jax.spec.strategy import LayerStrategy, Remat
+from galvatron_jax.spec.strategy import LayerStrategy, Remat, SequenceParallel
 from tests.runtime.matrix import MICROBATCH, traced
 
 MESH = {"a": 2, "b": 2, "c": 2}
@@ -21,10 +21,9 @@ def kinds(model: str) -> dict[str, LayerKind]:
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
-def test_embeddings_have_one_policy_heads_three_and_blocks_all(model: str) -> None:
+def test_embeddings_have_one_policy_and_other_layers_all(model: str) -> None:
     found = {name: distinct_remats(kind, EVERY) for name, kind in kinds(model).items()}
     assert found.pop("embedding") == (Remat.NONE,)
-    assert found.pop("head") == (Remat.NONE, Remat.DOTS, Remat.FULL)
     assert set(found.values()) == {EVERY}
 
 
@@ -34,19 +33,38 @@ def test_of_equal_policies_the_first_that_is_allowed_stands_for_all() -> None:
     assert distinct_remats(embedding, ()) == ()
 
 
+@pytest.mark.parametrize("model", ["gpt2", "t5", "recurrent_diagonal", "bert"])
 @pytest.mark.parametrize(
-    "strategy", [LayerStrategy(dp=("a", "b", "c"), zero=3), LayerStrategy(dp=("a",), tp=("b", "c"))]
+    "strategy",
+    [
+        LayerStrategy(dp=("a", "b", "c"), zero=3),
+        LayerStrategy(dp=("a",), tp=("b", "c"), sp=("b", "c"), sp_kind=SequenceParallel.MEGATRON),
+    ],
+    ids=LayerStrategy.short,
 )
-def test_equal_policies_are_planned_as_one(strategy: LayerStrategy) -> None:
-    embedding = kinds("gpt2")["embedding"]
-    plans = [
-        plan_layer(
-            embedding, strategy.model_copy(update={"remat": remat}), mesh=MESH, microbatch=MICROBATCH,
-            model_microbatch=MICROBATCH,
-        )
-        for remat in EVERY
-    ]  # fmt: skip
-    assert all(one == other for one, other in pairwise(plans))
+def test_equal_policies_are_what_planning_each_gives(
+    model: str, strategy: LayerStrategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in kinds(model).values():
+        static = prepare_kind(kind.model_copy())
+        stands_for = {remat: plainest(static, remat) for remat in EVERY}
+        monkeypatch.setattr(layers, "plainest", lambda _, remat: remat)
+        alone = kind.model_copy()  # Planned anew.
+        plans = {
+            remat: plan_layer(
+                alone, strategy.model_copy(update={"remat": remat}), mesh=MESH, microbatch=MICROBATCH,
+                model_microbatch=MICROBATCH,
+            )
+            for remat in EVERY
+        }  # fmt: skip
+        monkeypatch.undo()
+        for remat, plain in stands_for.items():
+            one, other = plans[remat], plans[plain]
+            assert one.residual_bytes == other.residual_bytes
+            assert one.forward == other.forward
+            assert one.backward.collectives == other.backward.collectives
+            assert one.backward.flops == other.backward.flops
+            assert one.backward.peak_bytes >= other.backward.peak_bytes
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama", "t5"])

@@ -66,3 +66,15 @@ def test_small_tables_stay_whole() -> None:
     assert value in static.tables
     axes = plan_axes(static, LayerStrategy(dp=("a",)), {"a": 2}, sizes(static))
     assert set(Storage(static, axes, sizes(static)).layout(value, sharded=True)) == {NOWHERE}
+
+
+def test_zero_keeps_off_a_dim_that_a_slower_tensor_axis_shards() -> None:
+    """Where ZeRO's axis were the major one, its gather would first need one over the tensor axis."""
+    static = block("llama")
+    axes = plan_axes(static, LayerStrategy(dp=("c",), tp=("a", "b")), {"a": 2, "b": 2, "c": 2}, sizes(static))
+    storage = Storage(static, axes, sizes(static))
+    (index,) = axes.of(Role.STORAGE)
+    tensor = axes.of(Role.TENSOR)
+    for value in static.parameter_values:
+        layout = storage.layout(value, sharded=True)
+        assert layout[index] == NOWHERE or layout[index] not in [layout[axis] for axis in tensor]

@@ -150,7 +150,9 @@ class FakePlanner:
         )
         return (line(low, high, microbatches),)
 
-    def distinct_remats(self, kind: LayerKind, policies: tuple[Remat, ...]) -> tuple[Remat, ...]:
+    def distinct_remats(
+        self, kind: LayerKind, policies: tuple[Remat, ...], *, layouts: bool = True
+    ) -> tuple[Remat, ...]:
         return policies
 
     def boundary_collectives(
