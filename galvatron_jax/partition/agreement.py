@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from galvatron_jax.partition.choice import Choice
 from galvatron_jax.partition.parameters import Storage
@@ -39,6 +40,7 @@ class Agreement:
         self.static, self.strategy, self.mesh = static, strategy, mesh
         self.setting, self.ports = setting, ports
         self.planned_at, self.traced_at = planned_at, traced_at
+        self._known_sizes: dict[int, tuple[int, ...]] = {}
         self._shapes: dict[int, bool] = {}
         self._choices: dict[tuple[int, int], tuple[DearChoice | DearRows, bool]] = {}
         """By identity and micro-batch, choices and whether they hold."""
@@ -65,8 +67,20 @@ class Agreement:
             )
         return self._shapes[microbatch]
 
+    @cached_property
+    def _shards(self) -> dict[int, int]:
+        """Devices of all axes that may shard a factor, for those that grow."""
+        axes = self.ports.axes
+        return {
+            factor: math.prod([a.size for a, f in zip(axes.axes, axes.allowed, strict=True) if factor in f])
+            for factor in self.setting.growing
+        }
+
     def _sizes(self, microbatch: int) -> tuple[int, ...]:
-        return self.static.program.sizes(self.static.kind.batch_factor, microbatch, self.traced_at)
+        if microbatch not in self._known_sizes:
+            sizes = self.static.program.sizes(self.static.kind.batch_factor, microbatch, self.traced_at)
+            self._known_sizes[microbatch] = sizes
+        return self._known_sizes[microbatch]
 
     def _are_affine(self, sizes: tuple[int, ...], microbatch: int) -> bool:
         here = self.setting.sizes
@@ -76,13 +90,16 @@ class Agreement:
 
     def _can_shard_alike(self, sizes: tuple[int, ...]) -> bool:
         """Whether the same axes can shard the same factors, and ports are laid out alike."""
-        axes = self.ports.axes
+        axes, here = self.ports.axes, self.setting.sizes
+        if all(
+            sizes[f] % n == 0 and here[f] % n == 0 and (sizes[f] == n) == (here[f] == n)
+            for f, n in self._shards.items()
+        ):
+            return True  # All axes that may shard what grows do, and leave as much or as little of it whole.
         if plan_axes(self.static, self.strategy, self.mesh, sizes) != axes:
             return False
-        for factor in self.setting.growing:
-            shards = math.prod(a.size for a, f in zip(axes.axes, axes.allowed, strict=True) if factor in f)
-            if math.gcd(sizes[factor], shards) != math.gcd(self.setting.sizes[factor], shards):
-                return False
+        if any(math.gcd(sizes[factor], n) != math.gcd(here[factor], n) for factor, n in self._shards.items()):
+            return False
         there = Ports(self.static, axes, sizes, self.ports.sp_kind, Storage(self.static, axes, sizes))
         return there.outputs == self.ports.outputs and there.inputs(sharded=False) == self.ports.inputs(sharded=False)
 

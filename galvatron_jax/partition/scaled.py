@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from galvatron_jax.partition.agreement import Dear
 from galvatron_jax.partition.choice import Choice
 from galvatron_jax.partition.counts import Amount, Counts, Sent, Tally, collectives, combined, largest
 from galvatron_jax.partition.instructions import Version
-from galvatron_jax.partition.layout import Role
+from galvatron_jax.partition.layout import Layout, Role
 from galvatron_jax.partition.liveness import Lifetimes, Named
 from galvatron_jax.partition.operations import asked_again
 from galvatron_jax.partition.placement import Counted, Placement
@@ -183,55 +183,63 @@ class Pick(NamedTuple):
 # ------------------------------------------------------------------------------------------ what figures are made of
 
 
+_Product = tuple[float, tuple[int, ...], tuple[int, ...]]
+"""A unit, factors, and axes that share them out."""
+NOTHING = 0
+"""The number of a measure that is nothing."""
+
+
 class _Measures:
     """Sizes of values and of work, as products of those of factors over those of axes."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self._seen: dict[tuple[int, Held, int], int] = {}
-        self._numbers: dict[tuple, int] = {}
-        self._rows: list[tuple[float, tuple[int, ...], tuple[int, ...]]] = [(0.0, (), ())]
-        """Of each its unit, factors and axes; the first is nothing."""
+        self._seen: dict[tuple, int] = {}
+        """By version, or by operation and axes."""
+        self._axes: dict[Layout, tuple[int, ...]] = {}
+        self._numbers: dict[_Product, int] = {(0.0, (), ()): NOTHING}
         self._chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        """The rows so far as arrays: units, factors and axes."""
+        """Products so far as arrays: units, factors and axes."""
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._numbers)
 
     def value(self, value: int, held: Held, version: int) -> int:
         """The number of a version's local bytes."""
         seen = value, held, version
-        if seen not in self._seen:
-            self._seen[seen] = self._value(value, held, version)
-        return self._seen[seen]
+        number = self._seen.get(seen)
+        if number is None:
+            number = self._seen[seen] = self._value(value, held, held.layouts[version])
+        return number
 
-    def _value(self, value: int, held: Held, version: int) -> int:
-        key = value, held.layouts[version], held.lazy
-        if key not in self._numbers:
-            program = self.setting.program
-            dims = program.dim_of[value]
-            factors = tuple(f for p, f in enumerate(program.positions[value]) if dims[p] not in held.lazy)
-            axes = tuple(axis for axis, place in enumerate(key[1]) if place >= 0)
-            self._add(key, float(program.itemsize[value]), factors, axes)
-        return self._numbers[key]
+    def _value(self, value: int, held: Held, layout: Layout) -> int:
+        program = self.setting.program
+        factors = program.positions[value]
+        if held.lazy:
+            factors = tuple([f for f, dim in zip(factors, program.dim_of[value], strict=True) if dim not in held.lazy])
+        axes = self._axes.get(layout)
+        if axes is None:
+            axes = self._axes[layout] = tuple([axis for axis, place in enumerate(layout) if place >= 0])
+        return self._number((float(program.itemsize[value]), factors, axes))
 
     def work(self, operation: int, axes: tuple[int, ...]) -> int:
         """The number of an operation's local FLOPs."""
-        key = operation, axes
-        if key not in self._numbers:
+        seen = operation, axes
+        number = self._seen.get(seen)
+        if number is None:
             op = self.setting.program.operations[operation]
-            self._add(key, op.flops, tuple(factor.factor for factor in op.factors), axes)
-        return self._numbers[key]
+            factors = tuple([factor.factor for factor in op.factors])
+            number = self._seen[seen] = self._number((op.flops, factors, axes))
+        return number
 
-    def _add(self, key: tuple, unit: float, factors: tuple[int, ...], axes: tuple[int, ...]) -> None:
-        self._numbers[key] = len(self._rows)
-        self._rows.append((unit, factors, axes))
+    def _number(self, product: _Product) -> int:
+        return self._numbers.setdefault(product, len(self._numbers))
 
     def at(self, setting: Setting, known: Sequence[np.ndarray]) -> list[np.ndarray]:
         """All that are not known yet at the sizes of a setting, chunk by chunk. float64[measures of a chunk] each."""
         begin = sum([len(units) for units, _, _ in self._chunks])
-        if begin < len(self._rows):
-            units, factors, axes = zip(*self._rows[begin:], strict=True)
+        if begin < len(self):
+            units, factors, axes = zip(*islice(self._numbers, begin, None), strict=True)
             self._chunks.append((np.array(units), _padded(factors), _padded(axes)))
         sizes, ways = np.array([1.0, *setting.sizes]), np.array([1.0, *setting.axis_sizes])
         return [
@@ -251,7 +259,7 @@ class _Sums(NamedTuple):
     def of(cls, *sums: Sequence[int]) -> _Sums:
         """Of the measures of each."""
         begins = [0, *accumulate([len(each) + 1 for each in sums[:-1]])]
-        measures = list(chain.from_iterable([(0, *each) for each in sums]))
+        measures = list(chain.from_iterable([(NOTHING, *each) for each in sums]))
         return cls(np.array(measures, np.int64), np.array(begins, np.int64))
 
     def at(self, sizes: np.ndarray) -> list[float]:
@@ -439,7 +447,8 @@ class Recipes:
         through = None
         if about.in_a_row is not None:
             pair = about.in_a_row
-            made = self._made(forward, forward.tallies) + self._made(backward, backward.tallies)
+            shares = self._shares_of(forward) + self._shares_of(backward)
+            made = tuple(chain.from_iterable([share.made for share in shares]))
             through = _Program.of(pair.tallies, made, pair.lifetimes, pair.named)
         return replace(phase, through=through, scattered=scattered)
 
@@ -453,8 +462,7 @@ class Recipes:
     ) -> _Phase:
         tallies, outlines = run.tallies, self.setting.outlines
         results, _ = outlines.moving(tallies, run.forms)
-        known_shares = self._shares
-        shares = [known_shares.get(id(outcome)) or self._share(run, outcome) for outcome in run.outcomes]
+        shares = self._shares_of(run)
         made = [*self._made(run, given), *chain.from_iterable([share.made for share in shares])]
         moved: tuple[list[int], list[int]] = [], []
         for index, place in results:
@@ -472,6 +480,11 @@ class Recipes:
         )
         sent = tuple(chain.from_iterable([share.sent for share in shares]))
         return _Phase(program, _Sums.of(*moved, *flops), sent, counts)
+
+    def _shares_of(self, run: Pass) -> list[_Share]:
+        """What each operation adds to a pass."""
+        known = self._shares
+        return [known.get(id(outcome)) or self._share(run, outcome) for outcome in run.outcomes]
 
     def _share(self, run: Pass, outcome: Outcome) -> _Share:
         """What an operation adds to a pass: the same in all, which share outcomes."""
