@@ -36,13 +36,8 @@ class Planner(Protocol):
         """The same for several global micro-batches, ascending, without instructions."""
         ...
 
-    def distinct_remats(
-        self, kind: LayerKind, policies: tuple[Remat, ...], *, layouts: bool = True
-    ) -> tuple[Remat, ...]:
-        """Of some policies, those that differ in what a layer keeps and repeats; of equal ones the first.
-
-        With `layouts` it counts as a difference that the same values are kept in fewer layouts.
-        """
+    def distinct_remats(self, kind: LayerKind, policies: tuple[Remat, ...]) -> tuple[Remat, ...]:
+        """Of some policies, those that differ in what a layer keeps and repeats; of equal ones the first."""
         ...
 
     def boundary_collectives(

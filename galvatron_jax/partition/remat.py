@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from galvatron_jax.partition.static import StaticKind, StaticOp, prepare_kind
@@ -48,17 +48,11 @@ def plainest(static: StaticKind, remat: Remat) -> Remat:
     return known[remat]
 
 
-def distinct_remats(kind: LayerKind, policies: Sequence[Remat], *, layouts: bool = True) -> tuple[Remat, ...]:
-    """Of some policies, those that differ in what a layer keeps and repeats; of equal ones the first.
-
-    Args:
-        kind: the layer kind.
-        policies: to choose from.
-        layouts: whether it counts as a difference that the same values are kept in fewer layouts.
-    """
-    static, found = prepare_kind(kind), dict[Hashable, Remat]()
+def distinct_remats(kind: LayerKind, policies: Sequence[Remat]) -> tuple[Remat, ...]:
+    """Of some policies, those that differ in what a layer keeps and repeats; of equal ones the first."""
+    static, found = prepare_kind(kind), dict[Remat, Remat]()
     for policy in policies:
-        found.setdefault(plainest(static, policy) if layouts else split(static, policy).key, policy)
+        found.setdefault(plainest(static, policy), policy)
     return tuple(found.values())
 
 

@@ -32,7 +32,6 @@ _REMOVES = {
     Rule.BATCH_AXES: "layouts of a pipeline's batch over fewer of a stage's axes than divide it",
     Rule.ONE_PROGRAM: "pipelines whose groups fit each by itself, but not as one program",
     Rule.SLOTS_ALIKE: "pipelines whose groups fit only with fewer micro-batches in flight than the first has",
-    Rule.ATTENTION_ALONE: "the policy `attention` for layers without anything quadratic in the sequence",
     Rule.AFFINE_IN_MICROBATCH: "layer plans read off another micro-batch's instead of planned",
 }
 

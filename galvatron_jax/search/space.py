@@ -7,10 +7,9 @@ import itertools
 import math
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
 
 from galvatron_jax.cost.links import INTER, INTRA
 from galvatron_jax.errors import InputError
@@ -58,9 +57,6 @@ class Rule(StrEnum):
     SLOTS_ALIKE = "slots-alike"
     """Heuristic, for pipelines only, beside `ONE_PROGRAM`: every group must fit with as many micro-batches in flight as
     any other has (not counted)."""
-    ATTENTION_ALONE = "attention-alone"
-    """Heuristic: the policy `attention` is for layers with something quadratic in the sequence. Elsewhere it keeps what
-    `none` keeps, in fewer layouts."""
     AFFINE_IN_MICROBATCH = "affine-in-microbatch"
     """A layer is planned at one micro-batch for all at which the planner would decide alike (not counted)."""
 
@@ -73,7 +69,6 @@ HEURISTICS = frozenset(
         Rule.MICROBATCHES_ON_DEMAND,
         Rule.BATCH_AXES,
         Rule.SLOTS_ALIKE,
-        Rule.ATTENTION_ALONE,
     }
 )
 """Rules that may lose the optimum; all others are lossless, but for `ONE_PROGRAM`, which says what fits."""
@@ -148,11 +143,10 @@ class SearchSpace:
             pruned: counts what each rule removes.
             distinct: tells which rematerialisation policies differ; None where that is not known.
         """
-        dropped: Counter[str] = Counter()
-        remats = self._remats(kind, distinct, dropped)
+        remats = self._remats(kind, distinct)
         found = self._strategies(kind, self._admitted(kind, mesh, microbatch, pruned), remats, pruned)
-        for rule, count in dropped.items():
-            pruned[rule] += count * len(found) // len(remats)
+        if len(remats) < len(self.remat):
+            pruned[Rule.SAME_REMAT] += len(found) // len(remats) * (len(self.remat) - len(remats))
         return found
 
     def repeating(
@@ -164,17 +158,10 @@ class SearchSpace:
         distinct: DistinctRemats | None = None,
     ) -> tuple[LayerStrategy, ...]:
         """Strategies for a layer that no other suits: as much dp as divides, the remaining axes repeat the work."""
-        return self._strategies(kind, [_idle(mesh, microbatch)], self._remats(kind, distinct, Counter()), Counter())
+        return self._strategies(kind, [_idle(mesh, microbatch)], self._remats(kind, distinct), Counter())
 
-    def _remats(self, kind: LayerKind, distinct: DistinctRemats | None, dropped: Counter[str]) -> tuple[Remat, ...]:
-        """Policies to try for a layer kind; counts what rules drop."""
-        if distinct is None:
-            return self.remat
-        unlike, unlike_values = (distinct(kind, self.remat, layouts=layouts) for layouts in (True, False))
-        reasons = {policy: Rule.SAME_REMAT for policy in self.remat if policy not in unlike}
-        reasons |= {policy: Rule.ATTENTION_ALONE for policy in unlike if policy not in unlike_values}
-        dropped.update(rule for rule in reasons.values() if self.applies(rule))
-        return tuple([p for p in self.remat if p not in reasons or not self.applies(reasons[p])])
+    def _remats(self, kind: LayerKind, distinct: DistinctRemats | None) -> tuple[Remat, ...]:
+        return self.remat if distinct is None or not self.applies(Rule.SAME_REMAT) else distinct(kind, self.remat)
 
     def _strategies(
         self, kind: LayerKind, kept: list[_Axes], remats: tuple[Remat, ...], pruned: Counter[str]
@@ -256,12 +243,8 @@ class SearchSpace:
         return True
 
 
-class DistinctRemats(Protocol):
-    """Of some policies, those that differ in what a layer keeps and repeats; see `Planner.distinct_remats`."""
-
-    def __call__(self, kind: LayerKind, policies: tuple[Remat, ...], *, layouts: bool = True) -> tuple[Remat, ...]:
-        """These."""
-        ...
+DistinctRemats = Callable[[LayerKind, tuple[Remat, ...]], tuple[Remat, ...]]
+"""Of some policies, those that differ in what a layer keeps and repeats; see `Planner.distinct_remats`."""
 
 
 @functools.lru_cache(maxsize=65536)

@@ -150,9 +150,7 @@ class FakePlanner:
         )
         return (line(low, high, microbatches),)
 
-    def distinct_remats(
-        self, kind: LayerKind, policies: tuple[Remat, ...], *, layouts: bool = True
-    ) -> tuple[Remat, ...]:
+    def distinct_remats(self, kind: LayerKind, policies: tuple[Remat, ...]) -> tuple[Remat, ...]:
         return policies
 
     def boundary_collectives(
