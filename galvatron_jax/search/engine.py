@@ -315,7 +315,7 @@ def _runners_up(found: _Attempt, *, memory_bytes: int) -> tuple[RunnerUp, ...]:
 
 def _is_of(family: Family, plan: Plan, tables: TableBuilder) -> bool:
     kinds = [layer.kind for layer in tables.costs.model.layers]
-    allows = {kind: tables.sort(kind, family.allows) for kind in set(kinds)}
+    allows = {kind: tables.with_equals(kind, family.allows) for kind in set(kinds)}
     return all(allows[kind](strategy) for kind, strategy in zip(kinds, plan.strategies, strict=True))
 
 

@@ -32,7 +32,7 @@ class ChainBuilder:
         frequent = max(slots, key=slots.count)
         kind = frequent.wiring.kind
         if allowed is not None and not any(
-            map(self.tables.sort(kind, allowed), self.tables.candidates(kind, batching))
+            map(self.tables.with_equals(kind, allowed), self.tables.candidates(kind, batching))
         ):
             return None
         while True:
@@ -54,7 +54,7 @@ class ChainBuilder:
         prune = self.tables.space.applies(Rule.DOMINATED)
         priced = self.tables.table(slot, batching)
         if allowed is not None:
-            kept = priced.allowing(self.tables.sort(slot.wiring.kind, allowed))
+            kept = priced.allowing(self.tables.with_equals(slot.wiring.kind, allowed))
             return kept.undominated(_columns(kept, batching.num_microbatches)) if prune else kept
         key = self.tables.key(slot, batching)
         if key not in self._undominated:

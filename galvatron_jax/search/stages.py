@@ -102,7 +102,7 @@ class PipelineBuilder:
         priced = self.tables.table(slot, batching)
         prune = self.tables.space.applies(Rule.DOMINATED)
         if allowed is not None:
-            kept = priced.allowing(self.tables.sort(slot.wiring.kind, allowed))
+            kept = priced.allowing(self.tables.with_equals(slot.wiring.kind, allowed))
             return kept.undominated(self._compared(kept)) if prune else kept
         key = self.tables.key(slot, batching)
         if key not in self._undominated:

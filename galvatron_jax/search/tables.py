@@ -148,7 +148,7 @@ class TableBuilder:
     )
     """Bytes in `flat_arrays`, with the parameters that the key's identity stands for."""
 
-    def sort(self, kind: int, allowed: Allowed) -> Allowed:
+    def with_equals(self, kind: int, allowed: Allowed) -> Allowed:
         """Some strategies of a layer kind, and those under which it does the same: of these only one is offered."""
         layer, planner = self.costs.model.kinds[kind], self.costs.table.planner
         same = {p: [q for q in Remat if q is p or len(planner.distinct_remats(layer, (p, q))) == 1] for p in Remat}
