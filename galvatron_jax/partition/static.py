@@ -274,8 +274,13 @@ class StaticKind:
 
     @cached_property
     def tables(self) -> frozenset[int]:
-        """Parameters in which rows are looked up, as far as their gradients add up rows."""
-        return frozenset(self.kind.inputs[port].value for port in self.table_gradients.values())
+        """Parameters in which rows of no embedding are looked up (relative positions, say), trained ones.
+
+        What is looked up in embeddings may be another layer's weights, which must lay it out alike.
+        """
+        roles, positions = self.program.roles, self.program.positions
+        looked_up = {self.kind.inputs[port].value for port in self.table_gradients.values()}
+        return frozenset(v for v in looked_up if all(roles[f] is not FactorRole.EMBEDDING for f in positions[v]))
 
     def sum_dtypes(self, dtype: str | None) -> dict[int, str]:
         """Gradients of parameters that are summed in another type than their own, with that."""

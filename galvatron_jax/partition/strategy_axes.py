@@ -22,8 +22,8 @@ best of them saves."""
 SMALL_PARAMETER_ELEMENTS = 256
 """ZeRO leaves smaller parameters whole: a gather's latency costs more than their bytes."""
 SMALL_TABLE_ELEMENTS = 4096
-"""Tables in which rows are looked up (relative positions, say) stay whole below this: to gather one, or to look up
-where its rows are stored, takes longer than its bytes. Their gradients are summed by collectives of their own."""
+"""Tables in which rows of no embedding are looked up (relative positions) stay whole below this: to gather one, or to
+look up where its rows are stored, takes longer than its bytes. Gradients are summed by collectives of their own."""
 
 
 @dataclass(frozen=True)

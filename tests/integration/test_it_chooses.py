@@ -88,7 +88,7 @@ def test_a_budget_too_small_names_the_nearest_plan_and_what_would_fit() -> None:
     need = nearest.prediction.memory[0].total_bytes
     assert f"fits in {format_bytes(TOO_SMALL)} per device on 8 × NVIDIA TITAN RTX" in text
     assert f"The nearest needs {format_bytes(need)}, {format_bytes(need - TOO_SMALL)} too much" in text
-    assert "What would fit: a budget of 1 MiB per device, or 32 such devices" in text
+    assert "What would fit: a budget of 1 MiB per device, or 64 such devices" in text
     # What it says is so: that much memory is enough, a byte less is not.
     assert chosen(need).prediction.memory[0].total_bytes == need
     with pytest.raises(InfeasibleError):
