@@ -82,7 +82,7 @@ class Storage:
 
     def _sharded(self, value: int, whole: Layout) -> Layout:
         positions, layout = self.program.positions[value], list(whole)
-        least = SMALL_TABLE_ELEMENTS if value in self.static.tables else SMALL_PARAMETER_ELEMENTS
+        least = SMALL_TABLE_ELEMENTS if value in self.static.bias_tables else SMALL_PARAMETER_ELEMENTS
         if math.prod(self.sizes[f] for f in positions) < least:
             return whole
         for index in self.axes.of(Role.STORAGE):

@@ -273,7 +273,7 @@ class StaticKind:
     """What was planned before."""
 
     @cached_property
-    def tables(self) -> frozenset[int]:
+    def bias_tables(self) -> frozenset[int]:
         """Parameters in which rows of no embedding are looked up (relative positions, say), trained ones.
 
         What is looked up in embeddings may be another layer's weights, which must lay it out alike.
@@ -341,9 +341,9 @@ def _prepare_kind(kind: LayerKind) -> StaticKind:
 def _indices(kind: LayerKind, program: StaticProgram) -> frozenset[int]:
     """As `StaticKind.indices`; work that mixes examples may have to move them, and is not repeated."""
     values, constants = kind.program.values, frozenset(kind.program.constants)
-    whole = {index for index, value in enumerate(values) if value.dtype == "bool" or "int" in value.dtype}
+    integers = {index for index, value in enumerate(values) if value.dtype == "bool" or "int" in value.dtype}
     given = [port.value for port in kind.inputs if port.role is PortRole.BATCH]
-    known = whole & {*given, *constants}
+    known = integers & {*given, *constants}
 
     def batches(operands: Iterable[int]) -> set[frozenset[int]]:
         return {frozenset(f for f in program.positions[v] if program.roles[f] is FactorRole.BATCH) for v in operands}
@@ -351,7 +351,7 @@ def _indices(kind: LayerKind, program: StaticProgram) -> frozenset[int]:
     for op in program.operations:
         made_of = [v for v in op.operands if v not in constants]
         alike = len(batches([*made_of, *op.results])) == 1
-        if alike and op.place <= Where.FUSED and known.issuperset(op.operands) and whole.issuperset(op.results):
+        if alike and op.place <= Where.FUSED and known.issuperset(op.operands) and integers.issuperset(op.results):
             known.update(op.results)
     return frozenset(known)
 

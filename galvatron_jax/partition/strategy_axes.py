@@ -57,6 +57,7 @@ def plan_axes(static: StaticKind, strategy: LayerStrategy, mesh: Mapping[str, in
     allowed: list[frozenset[int]] = []
 
     def add(role: Role, names: Sequence[str], factors: frozenset[int], needed: frozenset[int]) -> None:
+        """Axes that may shard `factors`: one group, taken apart where one of those `needed` has too little room."""
         for group in _groups(names, mesh, [sizes[f] for f in needed]):
             axes.append(_axis(role, group, mesh))
             allowed.append(factors)

@@ -63,7 +63,7 @@ def test_small_tables_stay_whole() -> None:
         if port.name.endswith("bias/table/embedding")
     )
     static, value = table
-    assert value in static.tables
+    assert value in static.bias_tables
     axes = plan_axes(static, LayerStrategy(dp=("a",)), {"a": 2}, sizes(static))
     assert set(Storage(static, axes, sizes(static)).layout(value, sharded=True)) == {NOWHERE}
 
