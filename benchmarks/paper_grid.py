@@ -114,6 +114,7 @@ class Remembering:
     plan_layer = staticmethod(partition.plan_layer)
     boundary_collectives = staticmethod(partition.boundary_collectives)
     distinct_remats = staticmethod(partition.distinct_remats)
+    looks_up_parameters = staticmethod(partition.looks_up_parameters)
     found: dict[tuple, tuple[LayerSeries, ...]] = field(default_factory=dict)
 
     def plan_series(

@@ -40,6 +40,10 @@ class Planner(Protocol):
         """Of some policies, those that differ in what a layer keeps and repeats; of equal ones the first."""
         ...
 
+    def looks_up_parameters(self, kind: LayerKind) -> bool:
+        """Whether a layer looks up rows of a parameter, as embeddings do."""
+        ...
+
     def boundary_collectives(
         self, dims: tuple[int, ...], dtype: str, source: BoundarySpec, target: BoundarySpec, *, mesh: Mapping[str, int]
     ) -> tuple[Collective, ...]:

@@ -16,5 +16,6 @@ from galvatron_jax.partition.layers import LocalPlan as LocalPlan
 from galvatron_jax.partition.layers import plan_layer as plan_layer
 from galvatron_jax.partition.layers import plan_local as plan_local
 from galvatron_jax.partition.layers import plan_series as plan_series
+from galvatron_jax.partition.lookups import looks_up_parameters as looks_up_parameters
 from galvatron_jax.partition.remat import distinct_remats as distinct_remats
 from galvatron_jax.partition.series import LayerSeries as LayerSeries

@@ -16,7 +16,8 @@ from typing import NamedTuple
 from galvatron_jax.partition.choice import Choice
 from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Role, convert, step_bytes
 from galvatron_jax.partition.setting import Held, Setting
-from galvatron_jax.partition.static import StaticFactor, StaticOp
+from galvatron_jax.partition.static import StaticFactor, StaticOp, prepare_kind
+from galvatron_jax.spec.model import LayerKind
 from galvatron_jax.spec.program import FactorKind
 
 
@@ -48,6 +49,12 @@ class ShardedRows:
 
 WHOLE = ShardedRows({}, {})
 """What is needed is made whole."""
+
+
+def looks_up_parameters(kind: LayerKind) -> bool:
+    """Whether a layer looks up rows of a parameter, as embeddings do."""
+    static = prepare_kind(kind)
+    return bool(static.table_gradients) or any(op.looks_up for op in static.program.operations)
 
 
 def sharded_rows(setting: Setting, op: StaticOp, states: tuple[Held, ...], home: Home | None) -> ShardedRows | None:

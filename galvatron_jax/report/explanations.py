@@ -29,6 +29,7 @@ _REMOVES = {
     Rule.REPEATED_WORK: "layers that repeat work along an axis though others share it out",
     Rule.ULYSSES_WITH_TP: "Ulysses together with tensor parallelism in one layer",
     Rule.MICROBATCHES_ON_DEMAND: "numbers of micro-batches beyond those with which the fastest plan fits",
+    Rule.AXES_ON_DEMAND: "ZeRO stages and rematerialisation on axes where no such plan is faster than the best",
     Rule.BATCH_AXES: "layouts of a pipeline's batch over fewer of a stage's axes than divide it",
     Rule.ONE_PROGRAM: "pipelines whose groups fit each by itself, but not as one program",
     Rule.SLOTS_ALIKE: "pipelines whose groups fit only with fewer micro-batches in flight than the first has",

@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from galvatron_jax.cost.memory import OptimizerMemory
 from galvatron_jax.cost.model import CostModel
 from galvatron_jax.cost.planner import Planner, default_planner
 from galvatron_jax.errors import InfeasibleError, InputError
+from galvatron_jax.search import shortlist, stand_ins
 from galvatron_jax.search.assemble import make_pipeline_plan, make_plan
 from galvatron_jax.search.collection import collection_paused
 from galvatron_jax.search.explain import RunnerUp, SearchResult, SearchStatistics
@@ -94,11 +96,14 @@ def _search(request: _Request, *, runners_up: bool) -> SearchResult:
     if not found.agrees:
         # Planned together, layers cost something else than each planned alone: plan each alone.
         exact = replace(space, disabled_rules=space.disabled_rules | {Rule.AFFINE_IN_MICROBATCH})
-        found = _attempt(replace(request, space=exact))
+        request = replace(request, space=exact)
+        found = _attempt(request)
     if found.best is None:
         raise nothing_fits(found.nearest, found.plan, memory_bytes=request.budget_bytes, space=space)
     statistics = _statistics(found, time.monotonic() - started)
-    others = _runners_up(found, memory_bytes=request.budget_bytes) if runners_up else ()
+    others: tuple[RunnerUp, ...] = ()
+    if runners_up:
+        others = _runners_up(found, request.one_stage.problems(Effort()), memory_bytes=request.budget_bytes)
     return SearchResult(found.plan, request.cluster.name, others, statistics)
 
 
@@ -142,7 +147,7 @@ def search_batches(
     return best
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Request:
     model: ModelSpec
     cluster: ClusterSpec
@@ -156,11 +161,72 @@ class _Request:
     progress: Progress | None
     planner: Planner
 
+    @cached_property
+    def one_stage(self) -> _OneStage:
+        """Plans of one stage."""
+        return _OneStage(self)
+
+
+@dataclass(eq=False)
+class _OneStage:
+    """Plans of one stage."""
+
+    request: _Request
+    _problems: list[Problem] | None = None
+
+    @cached_property
+    def models(self) -> list[CostModel]:
+        """One per mesh; none where pipelines alone are asked for."""
+        degrees = self.request.space.pipeline_degrees
+        if degrees is not None and 1 not in degrees:
+            return []
+        return [_costs(self.request, mesh, ()) for mesh in self.request.meshes]
+
+    def chains(self, effort: Effort) -> tuple[Chains, float]:
+        """What to solve, and seconds that no plan undercuts with unlimited memory."""
+        request, found = self.request, None
+        if self.models and stand_ins.apply(request.space, self.models):
+            found = shortlist.worthwhile_chains(
+                self.models,
+                global_batch=request.global_batch,
+                memory_bytes=request.budget_bytes,
+                space=request.space,
+                effort=effort,
+                deadline=request.deadline,
+                progress=request.progress,
+            )
+        if found is None:
+            problems = self.problems(effort)
+            unlimited = min([problem.bound_s for problem in problems], default=0.0)
+            found = Chains(problems, request.budget_bytes, effort, request.deadline), unlimited
+        return found
+
+    def problems(self, effort: Effort) -> list[Problem]:
+        """All of them."""
+        if self._problems is None:
+            self._problems = self._build(effort) if self.models else []
+        return self._problems
+
+    def _build(self, effort: Effort) -> list[Problem]:
+        request = self.request
+        problems = build_problems(
+            self.models,
+            global_batch=request.global_batch,
+            memory_bytes=request.budget_bytes,
+            space=request.space,
+            effort=effort,
+            progress=request.progress,
+        )
+        if not problems:
+            raise InputError(
+                f"No strategies of {request.model.name!r} agree on the layout of its shared parameters "
+                f"({', '.join(self.models[0].wiring.tied) or 'none'}). Allow more strategies in the search space."
+            )
+        return problems
+
 
 @dataclass(frozen=True, eq=False)
 class _Attempt:
-    problems: list[Problem]
-    """Of one stage."""
     best: Best | PipelineBest | None
     """The fastest that fits."""
     nearest: Best | PipelineBest
@@ -203,8 +269,7 @@ def _attempt(request: _Request) -> _Attempt:
     """
     effort, budget = Effort(), request.budget_bytes
     space = request.space
-    problems = _chains(request, effort) if space.pipeline_degrees is None or 1 in space.pipeline_degrees else []
-    chains = Chains(problems, budget, effort, request.deadline)
+    chains, unlimited = request.one_stage.chains(effort)
     chains.relax(leaders=_LEADERS)
     layouts = layouts_of(request.meshes, space)
     models = [(layout, _costs(request, layout.stage_axes, layout.pipeline_axes)) for layout in layouts]
@@ -219,10 +284,9 @@ def _attempt(request: _Request) -> _Attempt:
     best: Best | PipelineBest | None = others[-1] if others and upper < chains.upper_s else chains.best
     nearest = best
     if nearest is None:
-        nearest = least_memory(problems) if problems else _least_pipeline(request, models)
-    unlimited = min([problem.bound_s for problem in problems], default=0.0)
+        nearest = least_memory(chains.problems) if chains.problems else _least_pipeline(request, models)
     plan = _plan_of(nearest, memory_bytes=budget)
-    return _Attempt(problems, best, nearest, plan, tuple(one for one in others if one is not best), unlimited, effort)
+    return _Attempt(best, nearest, plan, tuple(one for one in others if one is not best), unlimited, effort)
 
 
 def _least_pipeline(request: _Request, models: list[tuple[Layout, CostModel]]) -> PipelineBest:
@@ -234,24 +298,6 @@ def _least_pipeline(request: _Request, models: list[tuple[Layout, CostModel]]) -
     return least_pipeline(
         models, global_batch=request.global_batch, memory_bytes=request.budget_bytes, space=request.space
     )
-
-
-def _chains(request: _Request, effort: Effort) -> list[Problem]:
-    models = [_costs(request, mesh, ()) for mesh in request.meshes]
-    problems = build_problems(
-        models,
-        global_batch=request.global_batch,
-        memory_bytes=request.budget_bytes,
-        space=request.space,
-        effort=effort,
-        progress=request.progress,
-    )
-    if not problems:
-        raise InputError(
-            f"No strategies of {request.model.name!r} agree on the layout of its shared parameters "
-            f"({', '.join(models[0].wiring.tied) or 'none'}). Allow more strategies in the search space."
-        )
-    return problems
 
 
 def _costs(request: _Request, mesh: tuple[MeshAxis, ...], pipeline_axes: tuple[MeshAxis, ...]) -> CostModel:
@@ -289,15 +335,15 @@ def _statistics(found: _Attempt, seconds: float) -> SearchStatistics:
     )
 
 
-def _runners_up(found: _Attempt, *, memory_bytes: int) -> tuple[RunnerUp, ...]:
+def _runners_up(found: _Attempt, problems: list[Problem], *, memory_bytes: int) -> tuple[RunnerUp, ...]:
     """The best plan of every family but the winner's own; where none fits, the family's smallest."""
     winner, others = found.plan, []
     for family in FAMILIES:
-        if len(winner.stages) == 1 and _is_of(family, winner, found.problems[0].builder.tables):
+        if len(winner.stages) == 1 and _is_of(family, winner, problems[0].builder.tables):
             continue
-        if not any(problem.builder.tables.offers(family.allows) for problem in found.problems):
+        if not any(problem.builder.tables.offers(family.allows) for problem in problems):
             continue
-        chains = [problem.restricted(family.allows) for problem in found.problems]
+        chains = [problem.restricted(family.allows) for problem in problems]
         restricted = sorted((chain for chain in chains if chain is not None), key=lambda problem: problem.bound_s)
         if not restricted:
             continue

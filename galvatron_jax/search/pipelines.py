@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.pipeline import Pipelining
+from galvatron_jax.search import stand_ins
 from galvatron_jax.search.bounds import seconds_of_work
 from galvatron_jax.search.minima import Known
 from galvatron_jax.search.partition import TOLERANCE, PipelineSolver
@@ -17,6 +18,7 @@ from galvatron_jax.search.pipeline_problems import Layout, PipelineBest, Pipelin
 from galvatron_jax.search.problems import Effort, Progress
 from galvatron_jax.search.space import Rule, SearchSpace, batch_axes_for
 from galvatron_jax.search.stages import PipelineBuilder
+from galvatron_jax.search.stand_ins import BoundingTables
 from galvatron_jax.search.tables import TableBuilder
 from galvatron_jax.search.work import Computation, Work
 
@@ -85,6 +87,32 @@ class _Spared:
         return wanted != before and self.too_much > 0
 
 
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    """The layers of one layout: in full, and with stand-ins."""
+
+    whole: PipelineBuilder
+    bounding: PipelineBuilder | None
+    stand_ins: BoundingTables | None
+    """Those that `bounding` builds of."""
+
+    @classmethod
+    def of(cls, costs: CostModel, space: SearchSpace, effort: Effort, *, on_demand: bool) -> _Tables:
+        whole, tables = PipelineBuilder(TableBuilder(costs, space, effort.pruned)), BoundingTables(costs, space)
+        return cls(whole, PipelineBuilder(tables), tables) if on_demand else cls(whole, None, None)
+
+    def count(self, effort: Effort) -> None:
+        """Adds what was done."""
+        every = [self.whole.tables] if self.stand_ins is None else [self.whole.tables, self.stand_ins]
+        effort.planned += self.whole.tables.costs.table.planned
+        effort.priced += sum([tables.priced for tables in every])
+        effort.estimated += sum([tables.estimated for tables in every])
+        if self.stand_ins is not None:
+            missing = self.stand_ins.unpriced().items()
+            left = [count for key, count in missing if not self.whole.tables.knows(*key)]
+            effort.pruned[Rule.AXES_ON_DEMAND] += sum(left)
+
+
 @dataclass
 class PipelineSearch:
     """Solves the pipelines of a search, in three rounds.
@@ -121,7 +149,8 @@ class PipelineSearch:
     def draft(self, models: Sequence[tuple[Layout, CostModel]], upper_s: float) -> None:
         """The first round: good solutions, and bounds of the others."""
         self._upper_s = min(upper_s, self._upper_s)
-        builders = [PipelineBuilder(TableBuilder(costs, self.space, self.effort.pruned)) for _, costs in models]
+        on_demand = stand_ins.apply(self.space, [costs for _, costs in models])
+        tables = [_Tables.of(costs, self.space, self.effort, on_demand=on_demand) for _, costs in models]
         cells = self._cells(models)
         for step, cell in enumerate(cells):
             layout = models[cell.index][0]
@@ -131,8 +160,13 @@ class PipelineSearch:
                 continue
             if self.progress is not None and pipelinings:
                 self.progress(step, len(cells), f"planning {layout.degree} stages with {cell.count} micro-batches")
-            self._drafted += self._draft(self._problems(builders[cell.index], layout, cell.count, pipelinings))
-        self._count(builders)
+            here, effort = tables[cell.index], self.effort
+            if here.bounding is not None and math.isfinite(self._upper_s):
+                bounds = self._problems(here.bounding, layout, cell.count, pipelinings, effort)
+                pipelinings, effort = self._undercutting(pipelinings, bounds), Effort()
+            self._drafted += self._draft(self._problems(here.whole, layout, cell.count, pipelinings, effort))
+        for each in tables:
+            each.count(self.effort)
 
     def close(self, upper_s: float) -> list[PipelineBest]:
         """The other rounds, when something is known that takes `upper_s`. Returns what `run` does."""
@@ -171,6 +205,14 @@ class PipelineSearch:
         self.effort.pruned[Rule.WORK] += len(every) - len(found)
         return found
 
+    def _undercutting(
+        self, pipelinings: list[Pipelining], bounds: Sequence[tuple[Variants, PipelineSolver]]
+    ) -> list[Pipelining]:
+        """The schedules that may hold the best plan by problems that bound it."""
+        upper = self._upper_s
+        found = {v.each[0].pipelining for v, solver in bounds if self._promising(solver.bound(upper))}
+        return [one for one in pipelinings if one in found]
+
     def _promising(self, bound_s: float) -> bool:
         return bound_s < self._upper_s * (1 - TOLERANCE)
 
@@ -192,18 +234,18 @@ class PipelineSearch:
     # ------------------------------------------------------------------------------------------ rounds
 
     def _problems(
-        self, builder: PipelineBuilder, layout: Layout, count: int, pipelinings: list[Pipelining]
+        self, builder: PipelineBuilder, layout: Layout, count: int, pipelinings: list[Pipelining], effort: Effort
     ) -> list[tuple[Variants, PipelineSolver]]:
         """Some schedules with all batch layouts, the lowest bound first."""
         found, every = [], batch_axes_for(layout.stage_axes, self.global_batch // count)
         if self.space.applies(Rule.BATCH_AXES) and pipelinings:
-            self.effort.pruned[Rule.BATCH_AXES] += len(pipelinings) * (len(every) - 1)
+            effort.pruned[Rule.BATCH_AXES] += len(pipelinings) * (len(every) - 1)
             every = every[:1]
         for pipelining in pipelinings:
             for axes in every:
                 batching = Batching(self.global_batch, count, axes)
                 pipelines = tuple(builder.build(pipelining, batching))
-                self.effort.problems += len(pipelines)
+                effort.problems += len(pipelines)
                 if not pipelines:
                     continue
                 relaxed = together(pipelines)
@@ -359,12 +401,6 @@ class PipelineSearch:
                 over_bytes = self._offer(problem, solution)
                 if solution is None or not over_bytes:
                     return
-
-    def _count(self, builders: Sequence[PipelineBuilder]) -> None:
-        for builder in builders:
-            self.effort.planned += builder.tables.costs.table.planned
-            self.effort.priced += builder.tables.priced
-            self.effort.estimated += builder.tables.estimated
 
 
 def least_pipeline(

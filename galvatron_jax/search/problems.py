@@ -100,7 +100,7 @@ def build_problems(
             if progress is not None:
                 message = f"planning layers for {count} micro-batch{'es' if count > 1 else ''}"
                 progress(index * len(counts) + step, len(models) * len(counts), message)
-            problems = list(_problems(builder, global_batch, count))
+            problems = list(problems_of(builder, global_batch, count))
             found += problems
             if _enough(problems, builder, memory_bytes):
                 effort.pruned[Rule.MICROBATCHES_ON_DEMAND] += len(counts) - step - 1
@@ -108,7 +108,7 @@ def build_problems(
         effort.planned += model.table.planned
         effort.priced += tables.priced
         effort.estimated += tables.estimated
-    effort.problems = len(found)
+    effort.problems += len(found)
     return sorted(found, key=lambda problem: problem.bound_s)
 
 
@@ -122,7 +122,8 @@ def _enough(problems: list[Problem], builder: ChainBuilder, memory_bytes: int) -
     return relax(best.chain, budget_bytes=budget, upper_s=math.nextafter(below, math.inf)).solution is not None
 
 
-def _problems(builder: ChainBuilder, global_batch: int, count: int) -> Iterator[Problem]:
+def problems_of(builder: ChainBuilder, global_batch: int, count: int) -> Iterator[Problem]:
+    """The problems of one mesh and one number of micro-batches."""
     for axes in batch_axes_for(builder.tables.costs.table.mesh, global_batch // count):
         problem = make_problem(builder, Batching(global_batch, count, axes))
         if problem is not None:
@@ -142,7 +143,7 @@ def make_problem(
 
 @dataclass
 class Chains:
-    """All chains of a search, first relaxed, then closed: the best solution known by then leaves little to close."""
+    """Chains of a search, first relaxed, then closed: the best solution known by then leaves little to close."""
 
     problems: list[Problem]
     """The one with the lowest bound first."""

@@ -49,6 +49,10 @@ class Rule(StrEnum):
     MICROBATCHES_ON_DEMAND = "microbatches-on-demand"
     """Heuristic, for derived times only: once the fastest plan fits, more micro-batches are not tried. A roofline never
     gains from them; measured times may, and then all are tried."""
+    AXES_ON_DEMAND = "axes-on-demand"
+    """Heuristic, for plans of one stage and derived times only: a layer is priced under every ZeRO stage and
+    rematerialisation policy on those axes alone on which that may make the fastest plan. Elsewhere ZeRO 0 or 1 without
+    rematerialisation is taken to be the fastest on the same axes; where the partitioner finds better, it is lost."""
     BATCH_AXES = "batch-axes"
     """Heuristic, for pipelines only: between stages the batch lies on as many of a stage's axes as divide it."""
     ONE_PROGRAM = "one-program"
@@ -67,6 +71,7 @@ HEURISTICS = frozenset(
         Rule.REPEATED_WORK,
         Rule.ULYSSES_WITH_TP,
         Rule.MICROBATCHES_ON_DEMAND,
+        Rule.AXES_ON_DEMAND,
         Rule.BATCH_AXES,
         Rule.SLOTS_ALIKE,
     }
@@ -164,7 +169,7 @@ class SearchSpace:
         return self.remat if distinct is None or not self.applies(Rule.SAME_REMAT) else distinct(kind, self.remat)
 
     def _strategies(
-        self, kind: LayerKind, kept: list[_Axes], remats: tuple[Remat, ...], pruned: Counter[str]
+        self, kind: LayerKind, kept: list[Axes], remats: tuple[Remat, ...], pruned: Counter[str]
     ) -> tuple[LayerStrategy, ...]:
         return tuple(
             _strategy(dp, tp, sp, sp_kind, zero, remat)
@@ -182,7 +187,7 @@ class SearchSpace:
 
     def _admitted(
         self, kind: LayerKind, mesh: tuple[MeshAxis, ...], microbatch: int, pruned: Counter[str]
-    ) -> list[_Axes]:
+    ) -> list[Axes]:
         divided = [
             axes
             for axes in self._splits(mesh)
@@ -198,7 +203,7 @@ class SearchSpace:
             return found
         return [*found, idle]
 
-    def _splits(self, mesh: tuple[MeshAxis, ...]) -> Iterator[_Axes]:
+    def _splits(self, mesh: tuple[MeshAxis, ...]) -> Iterator[Axes]:
         names = tuple(axis.name for axis in mesh)
         none, megatron, ulysses = SequenceParallel.NONE, SequenceParallel.MEGATRON, SequenceParallel.ULYSSES
         for stop in range(len(names), -1, -1):
@@ -215,7 +220,7 @@ class SearchSpace:
                     if cut == len(rest) or self.tp:
                         yield dp, rest[cut:], rest[:cut], ulysses
 
-    def _admits(self, axes: _Axes, kind: LayerKind, mesh: tuple[MeshAxis, ...], pruned: Counter[str]) -> bool:
+    def _admits(self, axes: Axes, kind: LayerKind, mesh: tuple[MeshAxis, ...], pruned: Counter[str]) -> bool:
         """The decision tree: the first rule that fires removes the split."""
         _, tp, sp, sp_kind = axes
         inter = {axis.name for axis in mesh if axis.level == INTER}
@@ -255,8 +260,13 @@ def _strategy(
     return LayerStrategy(dp=dp, tp=tp, sp=sp, sp_kind=sp_kind, zero=zero, remat=remat)
 
 
-_Axes = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], SequenceParallel]
+Axes = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], SequenceParallel]
 """dp, tp and sp axes, and the kind of sp."""
+
+
+def axes_of(strategy: LayerStrategy) -> Axes:
+    """The axes that a strategy uses, whatever its ZeRO stage and rematerialisation policy."""
+    return strategy.dp, strategy.tp, strategy.sp, strategy.sp_kind
 
 
 def meshes_for(cluster: ClusterSpec) -> tuple[tuple[MeshAxis, ...], ...]:
@@ -292,6 +302,6 @@ def _extent(kind: LayerKind, role: FactorRole) -> int:
     return math.prod(factor.size for factor in kind.program.factors if factor.role is role)
 
 
-def _idle(mesh: tuple[MeshAxis, ...], microbatch: int) -> _Axes:
+def _idle(mesh: tuple[MeshAxis, ...], microbatch: int) -> Axes:
     """For a layer that nothing else fits: as much dp as divides, the remaining axes repeat the work."""
     return batch_axes_for(mesh, microbatch)[0], (), (), SequenceParallel.NONE

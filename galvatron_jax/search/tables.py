@@ -67,6 +67,8 @@ class Table:
     """Per way, bytes of each tied parameter's gradient as the optimizer sees it."""
     flat_bytes: np.ndarray | None = None
     """Per way, for pipelines: bytes in each of a stage's flat arrays. int64[ways, arrays]"""
+    estimated: int = 0
+    """Options whose computation time was not measured."""
 
     def __len__(self) -> int:
         return len(self.strategies)
@@ -132,10 +134,6 @@ class TableBuilder:
     costs: CostModel
     space: SearchSpace
     pruned: Counter[str] = field(default_factory=Counter)
-    priced: int = 0
-    """Options priced."""
-    estimated: int = 0
-    """Options whose computation time was not measured."""
     _priced: dict[tuple, Table] = field(default_factory=dict, repr=False)
     _kinds: dict[tuple[int, int], PhaseCosts] = field(default_factory=dict, repr=False)
     _strategies: dict[tuple, tuple[LayerStrategy, ...]] = field(default_factory=dict, repr=False)
@@ -155,6 +153,20 @@ class TableBuilder:
         return lambda strategy: any(
             allowed(strategy.model_copy(update={"remat": policy})) for policy in same[strategy.remat]
         )
+
+    @property
+    def priced(self) -> int:
+        """Options priced."""
+        return sum([len(table) for table in self._priced.values()])
+
+    @property
+    def estimated(self) -> int:
+        """Options whose computation time was not measured."""
+        return sum([table.estimated for table in self._priced.values()])
+
+    def knows(self, kind: int, microbatch: int) -> bool:
+        """Whether a layer kind was asked about at a micro-batch."""
+        return (kind, microbatch) in self._strategies
 
     def offers(self, allowed: Allowed) -> bool:
         """Whether any layer can use any of some strategies."""
@@ -203,11 +215,9 @@ class TableBuilder:
             class_of.append(classes[layouts])
         flat = None
         if self.costs.staged:
-            flat = np.array([self._flat_bytes(wiring, each) for each in phases.parameters], np.int64)
+            flat = np.array([self.flat_bytes(wiring, each) for each in phases.parameters], np.int64)
         ties = [signatures(each, wiring.tied) for each in phases.parameters]
         sizes = [_tied_bytes(each, wiring.tied) for each in phases.parameters]
-        self.priced += len(phases.series)
-        self.estimated += int(phases.estimated.sum())
         return Table(
             self.candidates(wiring.kind, batching),
             *(getattr(priced, name) for name in COLUMNS),
@@ -217,6 +227,7 @@ class TableBuilder:
             ties=tuple(ties),
             tied_bytes=tuple(sizes),
             flat_bytes=flat,
+            estimated=int(phases.estimated.sum()),
         )
 
     @cached_property
@@ -228,7 +239,7 @@ class TableBuilder:
             found |= {(slot, dtype if slot == SAME else slot): None for slot in self.costs.optimizer.param_like_slots}
         return tuple(found)
 
-    def _flat_bytes(self, wiring: LayerWiring, parameters: tuple[ParameterPlan, ...]) -> tuple[int, ...]:
+    def flat_bytes(self, wiring: LayerWiring, parameters: tuple[ParameterPlan, ...]) -> tuple[int, ...]:
         """Bytes of a layer in `flat_arrays`."""
         key = wiring, id(parameters)
         if key not in self._flat:
@@ -280,15 +291,19 @@ class TableBuilder:
         tied = {layer.kind for layer in self.costs.wiring.layers if layer.tied}
         new = {(kind, batching.microbatch) for kind in tied} - self._repeating
         self._repeating |= new
-        for found in (self._strategies, self._kinds):
-            for key in new:
-                found.pop(key, None)
-        stale = {kind for kind, _ in new}
-        for key in [key for key in self._priced if key[0].wiring.kind in stale]:
-            del self._priced[key]
-        for key in [key for key in self._moves if stale & {key[0].wiring.kind, key[1].wiring.kind}]:
-            del self._moves[key]
+        for key in new:
+            self._strategies.pop(key, None)
+        self.forget({kind for kind, _ in new})
         return bool(new)
+
+    def forget(self, kinds: set[int]) -> None:
+        """Forgets what some layer kinds cost."""
+        for key in [key for key in self._kinds if key[0] in kinds]:
+            del self._kinds[key]
+        for key in [key for key in self._priced if key[0].wiring.kind in kinds]:
+            del self._priced[key]
+        for key in [key for key in self._moves if kinds & {key[0].wiring.kind, key[1].wiring.kind}]:
+            del self._moves[key]
 
     def moves(self, before: Slot, here: Slot, batching: Batching) -> np.ndarray:
         """Seconds per micro-batch, forward and backward, between neighbours' classes.

@@ -153,6 +153,9 @@ class FakePlanner:
     def distinct_remats(self, kind: LayerKind, policies: tuple[Remat, ...]) -> tuple[Remat, ...]:
         return policies
 
+    def looks_up_parameters(self, kind: LayerKind) -> bool:
+        return False
+
     def boundary_collectives(
         self, dims: tuple[int, ...], dtype: str, source: BoundarySpec, target: BoundarySpec, *, mesh: Mapping[str, int]
     ) -> tuple[Collective, ...]:

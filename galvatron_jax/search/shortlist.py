@@ -1,0 +1,288 @@
+"""Axes on demand: plans of one stage made of the axes alone that may matter.
+
+Lagrangian relaxation of the memory limit bounds plans made of plain options and stand-ins (see `stand_ins`). Where a
+stand-in may be in a plan that is faster than one known, its axes are opened, the most promising first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from galvatron_jax.cost.model import Batching, CostModel
+from galvatron_jax.cost.step import fixed_bytes
+from galvatron_jax.search.options import ChainBuilder
+from galvatron_jax.search.problems import Chains, Effort, Problem, Progress, problems_of
+from galvatron_jax.search.space import Axes, Rule, SearchSpace, batch_axes_for
+from galvatron_jax.search.stand_ins import OpenedTables
+from galvatron_jax.search.tables import Slot
+
+_CASES = 8
+"""Ranges of the largest workspace, each with a bound of its own."""
+_MAX_TURNS = 30
+_ROUNDING = 1e-12
+_NEAR = 1e-4
+"""Before a plan is known, what may be in one this near to the bound is opened."""
+
+
+def worthwhile_chains(
+    costs: Sequence[CostModel],
+    *,
+    global_batch: int,
+    memory_bytes: int,
+    space: SearchSpace,
+    effort: Effort,
+    deadline: float | None,
+    progress: Progress | None,
+) -> tuple[Chains, float] | None:
+    """Those of `build_problems` that may hold the fastest plan, and seconds that none undercuts with any memory.
+
+    Returns:
+        None where nothing is known to fit: then all may.
+    """
+    lists = [Shortlist(OpenedTables(model, space, effort.pruned), global_batch, memory_bytes) for model in costs]
+    counts, best = space.microbatch_counts(global_batch), None
+    for step, shortlist in enumerate(lists):
+        if progress is not None:
+            progress(step, len(lists) + 1, "planning layers without rematerialisation")
+        first = Chains(shortlist.problems(shortlist.most_promising(counts)), memory_bytes, effort, deadline, best)
+        first.relax()
+        effort.problems += len(first.problems)
+        best = first.best
+    if best is None:
+        return None
+    if progress is not None:
+        progress(len(lists), len(lists) + 1, "planning layers in full")
+    found = []
+    for shortlist in lists:
+        for count in shortlist.worthwhile(counts, best.solution.seconds):
+            found += shortlist.problems(count)
+        effort.planned += shortlist.tables.costs.table.planned
+        effort.priced += shortlist.tables.priced
+        effort.estimated += shortlist.tables.estimated
+    effort.problems += len(found)
+    found.sort(key=lambda problem: problem.bound_s)
+    chains = Chains(found, memory_bytes, effort, deadline, best)
+    return chains, min(shortlist.unlimited_s for shortlist in lists)
+
+
+class _Layer(NamedTuple):
+    """Layers alike, with their priced options and then the stand-ins of the others."""
+
+    kind: int
+    number: int
+    seconds: np.ndarray
+    """Of a step. float64[options]"""
+    resident_bytes: np.ndarray
+    """int64[options]"""
+    workspace_bytes: np.ndarray
+    """int64[options]"""
+    stands_for: tuple[Axes, ...]
+    """Of the last options."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """What no plan with some number of micro-batches undercuts, moves between layers left out.
+
+    The largest workspace is in one of several ranges: in each case the options are those that need no more than its
+    end, and the room for what adds up is what its beginning leaves.
+    """
+
+    layers: tuple[_Layer, ...]
+    allowed: tuple[np.ndarray, ...]
+    """Per layer. bool[cases, options] each"""
+    price: np.ndarray
+    """Seconds per byte that give the bounds. float64[cases]"""
+    case_s: np.ndarray
+    """float64[cases]"""
+    unlimited_s: float
+    """Of every plan with unlimited memory, at least."""
+
+    @classmethod
+    def of(cls, layers: Sequence[_Layer], room_bytes: int) -> Bound:
+        """The bound of layers that have together so much room."""
+        floor = max(int(layer.workspace_bytes.min()) for layer in layers)
+        sizes = np.unique(np.concatenate([layer.workspace_bytes for layer in layers]))
+        ranges = np.array_split(sizes[sizes >= floor], min(_CASES, np.count_nonzero(sizes >= floor)))
+        most = np.array([case[-1] for case in ranges])
+        room = room_bytes - np.array([case[0] for case in ranges])
+        allowed = tuple([layer.workspace_bytes <= most[:, None] for layer in layers])
+        price, case_s = _ascend(layers, allowed, room)
+        unlimited = sum([layer.number * float(layer.seconds.min()) for layer in layers])
+        return cls(tuple(layers), allowed, price, case_s, unlimited)
+
+    @property
+    def seconds(self) -> float:
+        """Of every plan, at least."""
+        return float(self.case_s.min())
+
+    def wanted(self, upper_s: float) -> dict[int, list[Axes]]:
+        """Per layer kind, axes whose stand-ins may be in a plan faster than `upper_s`, the most promising first."""
+        if math.isinf(upper_s):
+            return {}  # Nothing fits.
+        room = upper_s - self.case_s
+        found: dict[int, dict[Axes, float]] = {}
+        for layer, allowed in zip(self.layers, self.allowed, strict=True):
+            if not layer.stands_for:
+                continue
+            cost = _priced(layer, allowed, self.price)
+            more = cost[:, -len(layer.stands_for) :] - cost.min(axis=1, keepdims=True) - room[:, None]
+            known = found.setdefault(layer.kind, {})
+            for axes, short in zip(layer.stands_for, more.min(axis=0).tolist(), strict=True):
+                if short < 0:
+                    known[axes] = min(short, known.get(axes, math.inf))
+        return {kind: sorted(known, key=known.__getitem__) for kind, known in found.items() if known}
+
+
+def _ascend(layers: Sequence[_Layer], allowed: Sequence[np.ndarray], room: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Per case the best price of a byte and the bound that it gives, by Handler and Zang's secants."""
+    price, none = np.zeros(len(room)), np.zeros(len(room))
+    fast_s, fast_bytes = _cheapest(layers, allowed, none, np.ones(len(room)))
+    small_s, small_bytes = _cheapest(layers, allowed, np.ones(len(room)), none)
+    bound = np.where(small_bytes > room, np.inf, fast_s)
+    moving = (fast_bytes > room) & (small_bytes <= room)
+    for _ in range(_MAX_TURNS):
+        if not moving.any():
+            break
+        trial = np.maximum((small_s - fast_s) / np.where(moving, fast_bytes - small_bytes, 1.0), 0.0)
+        seconds, size = _cheapest(layers, allowed, trial, np.ones(len(room)))
+        dual = seconds + trial * (size - room)
+        better = moving & (dual > bound)
+        bound, price = np.where(better, dual, bound), np.where(better, trial, price)
+        moving &= seconds + trial * size < (fast_s + trial * fast_bytes) * (1 - _ROUNDING)
+        above, below = moving & (size > room), moving & (size <= room)
+        fast_s, fast_bytes = np.where(above, seconds, fast_s), np.where(above, size, fast_bytes)
+        small_s, small_bytes = np.where(below, seconds, small_s), np.where(below, size, small_bytes)
+    return price, bound
+
+
+def _cheapest(
+    layers: Sequence[_Layer], allowed: Sequence[np.ndarray], price: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds and bytes of each layer's cheapest options together, per case: float64[cases] both."""
+    seconds, size = np.zeros(len(price)), np.zeros(len(price))
+    for layer, mine in zip(layers, allowed, strict=True):
+        pick = _priced(layer, mine, price, weight).argmin(axis=1)
+        seconds += layer.number * layer.seconds[pick]
+        size += layer.number * layer.resident_bytes[pick]
+    return seconds, size
+
+
+def _priced(layer: _Layer, allowed: np.ndarray, price: np.ndarray, weight: np.ndarray | float = 1.0) -> np.ndarray:
+    """Weighed seconds and priced bytes of each option, per case. float64[cases, options]."""
+    cost = np.multiply.outer(weight * np.ones_like(price), layer.seconds)
+    cost += np.multiply.outer(price, layer.resident_bytes)
+    return np.where(allowed, cost, np.inf)
+
+
+@dataclass
+class Shortlist:
+    """Opens axes of one mesh."""
+
+    tables: OpenedTables
+    global_batch: int
+    memory_bytes: int
+    _builder: ChainBuilder = field(init=False, repr=False)
+    _bounds: dict[int, Bound] = field(default_factory=dict, repr=False)
+    """By number of micro-batches; what is opened later only raises them."""
+    _fresh: set[int] = field(default_factory=set, repr=False)
+    """Those bounds that nothing was opened after."""
+
+    def __post_init__(self) -> None:
+        self._builder = ChainBuilder(self.tables)
+
+    # ------------------------------------------------------------------------------------------ what to solve
+
+    def most_promising(self, counts: Sequence[int]) -> int:
+        """Of some numbers of micro-batches, ascending, the one with the least bound once its axes are opened."""
+        waiting, known = list(counts), self._bounds
+        self._renew(waiting.pop(0))
+        while True:
+            count = min(known, key=lambda each: known[each].seconds)
+            bound = known[count]
+            if waiting and bound.seconds > known[max(known)].unlimited_s:
+                self._renew(waiting.pop(0))
+            elif count not in self._fresh:
+                self._renew(count)
+            else:
+                wanted = bound.wanted(bound.seconds * (1 + _NEAR))
+                if not wanted:
+                    return count
+                self._open({kind: axes[:1] for kind, axes in wanted.items()})
+
+    def worthwhile(self, counts: Sequence[int], upper_s: float) -> list[int]:
+        """Of some numbers of micro-batches, ascending, those with plans that may be faster than `upper_s`."""
+        found, space = [], self.tables.space
+        for count in counts:
+            if self._bound(count).unlimited_s >= upper_s and space.applies(Rule.MICROBATCHES_ON_DEMAND):
+                break
+            if self._bounds[count].seconds < upper_s:
+                self._settle(count, upper_s)
+            if self._bounds[count].seconds < upper_s:
+                found.append(count)
+        self.tables.pruned[Rule.MICROBATCHES_ON_DEMAND] += len(counts) - len(self._bounds)
+        self.tables.pruned[Rule.AXES_ON_DEMAND] += sum(self.tables.unpriced().values())
+        return found
+
+    def problems(self, count: int) -> list[Problem]:
+        """The problems with a number of micro-batches, as far as axes are open."""
+        return list(problems_of(self._builder, self.global_batch, count))
+
+    @property
+    def unlimited_s(self) -> float:
+        """Of every plan with unlimited memory and a number of micro-batches that was asked about, at least."""
+        return min(bound.unlimited_s for bound in self._bounds.values())
+
+    # ------------------------------------------------------------------------------------------ opening
+
+    def _settle(self, count: int, upper_s: float) -> None:
+        """Opens axes until no more stand-ins may be in a plan with that many micro-batches faster than `upper_s`."""
+        at_once = 1
+        while wanted := self._renewed(count).wanted(upper_s):
+            self._open({kind: axes[:at_once] for kind, axes in wanted.items()})
+            at_once *= 2
+
+    def _open(self, wanted: Mapping[int, Sequence[Axes]]) -> None:
+        for kind, axes in wanted.items():
+            self.tables.open(kind, axes)
+        self._fresh.clear()
+        self._builder = ChainBuilder(self.tables)
+
+    def _renewed(self, count: int) -> Bound:
+        """The bound with all that is open."""
+        return self._bounds[count] if count in self._fresh else self._renew(count)
+
+    def _bound(self, count: int) -> Bound:
+        """What no plan with a number of micro-batches undercuts."""
+        return self._bounds[count] if count in self._bounds else self._renew(count)
+
+    def _renew(self, count: int) -> Bound:
+        layouts = batch_axes_for(self.tables.costs.table.mesh, self.global_batch // count)
+        batchings = [Batching(self.global_batch, count, axes) for axes in layouts]
+        fixed = min(fixed_bytes(self.tables.costs, batching) for batching in batchings)
+        layers = [self._layer(slot, number, batchings) for slot, number in Counter(self.tables.slots).items()]
+        self._bounds[count] = Bound.of(layers, self.memory_bytes - fixed)
+        self._fresh.add(count)
+        return self._bounds[count]
+
+    def _layer(self, slot: Slot, number: int, batchings: Sequence[Batching]) -> _Layer:
+        tables = [self.tables.table(slot, batching) for batching in batchings]
+        count, table, kind = batchings[0].num_microbatches, tables[0], slot.wiring.kind
+        seconds = np.min([count * (each.forward_s + each.backward_s) + each.once_s for each in tables], axis=0)
+        closed = self.tables.closed(kind, batchings[0])
+        fastest = [seconds[options].min() for options in closed.values()]
+        least = [self.tables.least(slot.wiring).memory.static_bytes] * len(closed)
+        return _Layer(
+            kind,
+            number,
+            np.array([*seconds, *fastest]),
+            np.array([*(table.static_bytes + table.residual_bytes), *least], np.int64),
+            np.array([*table.workspace_bytes, *[0] * len(closed)], np.int64),
+            tuple(closed),
+        )
