@@ -30,6 +30,8 @@ _SPARINGS = 4
 """Times that a problem is solved, with ever less of the budget, until its program fits."""
 _CLOSING = 0.3
 """Part of the time left that exact solutions may take before drafts are improved."""
+_SLACK = 1e-3
+"""Of a bound by stand-ins: some option may be a little faster than the plain ones that it is made of."""
 _GROWTH = 1.25
 """From one budget to the next, where none fits the one given."""
 
@@ -209,8 +211,8 @@ class PipelineSearch:
         self, pipelinings: list[Pipelining], bounds: Sequence[tuple[Variants, PipelineSolver]]
     ) -> list[Pipelining]:
         """The schedules that may hold the best plan by problems that bound it."""
-        upper = self._upper_s
-        found = {v.each[0].pipelining for v, solver in bounds if self._promising(solver.bound(upper))}
+        upper = self._upper_s * (1 + _SLACK)
+        found = {v.each[0].pipelining for v, solver in bounds if solver.bound(upper) < upper}
         return [one for one in pipelinings if one in found]
 
     def _promising(self, bound_s: float) -> bool:

@@ -71,7 +71,7 @@ def worthwhile_chains(
     return chains, min(shortlist.unlimited_s for shortlist in lists)
 
 
-class _Layer(NamedTuple):
+class BoundedLayer(NamedTuple):
     """Layers alike, with their priced options and then the stand-ins of the others."""
 
     kind: int
@@ -94,7 +94,7 @@ class Bound:
     end, and the room for what adds up is what its beginning leaves.
     """
 
-    layers: tuple[_Layer, ...]
+    layers: tuple[BoundedLayer, ...]
     allowed: tuple[np.ndarray, ...]
     """Per layer. bool[cases, options] each"""
     price: np.ndarray
@@ -105,7 +105,7 @@ class Bound:
     """Of every plan with unlimited memory, at least."""
 
     @classmethod
-    def of(cls, layers: Sequence[_Layer], room_bytes: int) -> Bound:
+    def of(cls, layers: Sequence[BoundedLayer], room_bytes: int) -> Bound:
         """The bound of layers that have together so much room."""
         floor = max(int(layer.workspace_bytes.min()) for layer in layers)
         sizes = np.unique(np.concatenate([layer.workspace_bytes for layer in layers]))
@@ -140,7 +140,9 @@ class Bound:
         return {kind: sorted(known, key=known.__getitem__) for kind, known in found.items() if known}
 
 
-def _ascend(layers: Sequence[_Layer], allowed: Sequence[np.ndarray], room: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _ascend(
+    layers: Sequence[BoundedLayer], allowed: Sequence[np.ndarray], room: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Per case the best price of a byte and the bound that it gives, by Handler and Zang's secants."""
     price, none = np.zeros(len(room)), np.zeros(len(room))
     fast_s, fast_bytes = _cheapest(layers, allowed, none, np.ones(len(room)))
@@ -163,7 +165,7 @@ def _ascend(layers: Sequence[_Layer], allowed: Sequence[np.ndarray], room: np.nd
 
 
 def _cheapest(
-    layers: Sequence[_Layer], allowed: Sequence[np.ndarray], price: np.ndarray, weight: np.ndarray
+    layers: Sequence[BoundedLayer], allowed: Sequence[np.ndarray], price: np.ndarray, weight: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Seconds and bytes of each layer's cheapest options together, per case: float64[cases] both."""
     seconds, size = np.zeros(len(price)), np.zeros(len(price))
@@ -174,7 +176,9 @@ def _cheapest(
     return seconds, size
 
 
-def _priced(layer: _Layer, allowed: np.ndarray, price: np.ndarray, weight: np.ndarray | float = 1.0) -> np.ndarray:
+def _priced(
+    layer: BoundedLayer, allowed: np.ndarray, price: np.ndarray, weight: np.ndarray | float = 1.0
+) -> np.ndarray:
     """Weighed seconds and priced bytes of each option, per case. float64[cases, options]."""
     cost = np.multiply.outer(weight * np.ones_like(price), layer.seconds)
     cost += np.multiply.outer(price, layer.resident_bytes)
@@ -271,14 +275,17 @@ class Shortlist:
         self._fresh.add(count)
         return self._bounds[count]
 
-    def _layer(self, slot: Slot, number: int, batchings: Sequence[Batching]) -> _Layer:
+    def _layer(self, slot: Slot, number: int, batchings: Sequence[Batching]) -> BoundedLayer:
         tables = [self.tables.table(slot, batching) for batching in batchings]
         count, table, kind = batchings[0].num_microbatches, tables[0], slot.wiring.kind
         seconds = np.min([count * (each.forward_s + each.backward_s) + each.once_s for each in tables], axis=0)
         closed = self.tables.closed(kind, batchings[0])
+        if closed and self.tables.surprises(kind, table.strategies, seconds):
+            self._open({kind: tuple(closed)})
+            return self._layer(slot, number, batchings)
         fastest = [seconds[options].min() for options in closed.values()]
         least = [self.tables.least(slot.wiring).memory.static_bytes] * len(closed)
-        return _Layer(
+        return BoundedLayer(
             kind,
             number,
             np.array([*seconds, *fastest]),

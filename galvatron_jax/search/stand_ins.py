@@ -9,7 +9,7 @@ bounds that tell on which axes pricing the rest is worth the while: those are *o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,9 @@ from galvatron_jax.search.tables import Slot, Table, TableBuilder
 from galvatron_jax.spec.model import PortRole
 from galvatron_jax.spec.profile import Provenance
 from galvatron_jax.spec.strategy import LayerStrategy, Remat
+
+_SURPRISE = 1e-3
+"""Part of a layer's seconds."""
 
 
 def apply(space: SearchSpace, costs: Iterable[CostModel]) -> bool:
@@ -65,14 +68,25 @@ class OpenedTables(TableBuilder):
                 found[axes_of(each)].append(index)
         return found
 
+    def surprises(self, kind: int, strategies: Sequence[LayerStrategy], seconds: np.ndarray) -> bool:
+        """Whether on some axes an option is faster than all plain ones: then stand-ins may be too slow elsewhere."""
+        fastest: dict[Axes, list[float]] = {}
+        for strategy, taken in zip(strategies, seconds.tolist(), strict=True):
+            both = fastest.setdefault(axes_of(strategy), [math.inf, math.inf])
+            plain = self._is_plain(kind, strategy)
+            both[plain] = min(both[plain], taken)
+        return any(other < plain * (1 - _SURPRISE) for other, plain in fastest.values())
+
     def unpriced(self) -> dict[tuple[int, int], int]:
         """Per layer kind and micro-batch asked about, how many strategies are not priced."""
         asked = self._strategies.items()
         return {key: sum([not self._is_priced(key[0], each) for each in every]) for key, every in asked}
 
     def _is_priced(self, kind: int, strategy: LayerStrategy) -> bool:
-        plain = strategy.remat is Remat.NONE and (strategy.zero <= 1 or kind in self.by_stage)
-        return plain or axes_of(strategy) in self._opened.get(kind, ())
+        return self._is_plain(kind, strategy) or axes_of(strategy) in self._opened.get(kind, ())
+
+    def _is_plain(self, kind: int, strategy: LayerStrategy) -> bool:
+        return strategy.remat is Remat.NONE and (strategy.zero <= 1 or kind in self.by_stage)
 
     @cached_property
     def by_stage(self) -> frozenset[int]:

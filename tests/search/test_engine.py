@@ -149,7 +149,7 @@ def test_more_of_anything_is_never_slower() -> None:
     assert seconds[1] <= narrow * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("rule", sorted(set(Rule) - HEURISTICS - {Rule.ONE_PROGRAM}))
+@pytest.mark.parametrize("rule", sorted((set(Rule) - HEURISTICS - {Rule.ONE_PROGRAM}) | {Rule.AXES_ON_DEMAND}))
 @pytest.mark.parametrize("memory", [150_000, 400_000, AMPLE])
 def test_a_lossless_rule_switched_off_changes_no_optimum(rule: Rule, memory: int) -> None:
     model, where = toy_model(3, skip=True), cluster(2, 2)

@@ -267,7 +267,8 @@ def test_more_devices_are_never_slower_where_links_cost_next_to_nothing(asked: Q
 def test_a_rule_switched_off_changes_no_optimum_unless_it_is_a_heuristic(rule: Rule, asked: Question) -> None:
     disabled = asked.space.disabled_rules | {rule}
     without = least_s(replace(asked, space=replace(asked.space, disabled_rules=disabled)))
-    if rule in HEURISTICS or rule is Rule.ONE_PROGRAM:
+    # The toy's layers are the fastest when plain.
+    if rule in HEURISTICS - {Rule.AXES_ON_DEMAND} or rule is Rule.ONE_PROGRAM:
         assert without <= least_s(asked) * (1 + 1e-9)
     else:
         assert without == pytest.approx(least_s(asked), rel=1e-9)
