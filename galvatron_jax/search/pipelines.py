@@ -164,7 +164,7 @@ class PipelineSearch:
                 self.progress(step, len(cells), f"planning {layout.degree} stages with {cell.count} micro-batches")
             here, effort = tables[cell.index], self.effort
             if here.bounding is not None and math.isfinite(self._upper_s):
-                bounds = self._problems(here.bounding, layout, cell.count, pipelinings, effort)
+                bounds = self._problems(here.bounding, layout, cell.count, pipelinings, effort, slack=_SLACK)
                 pipelinings, effort = self._undercutting(pipelinings, bounds), Effort()
             self._drafted += self._draft(self._problems(here.whole, layout, cell.count, pipelinings, effort))
         for each in tables:
@@ -212,11 +212,11 @@ class PipelineSearch:
     ) -> list[Pipelining]:
         """The schedules that may hold the best plan by problems that bound it."""
         upper = self._upper_s * (1 + _SLACK)
-        found = {v.each[0].pipelining for v, solver in bounds if solver.bound(upper) < upper}
+        found = {v.each[0].pipelining for v, solver in bounds if self._promising(solver.bound(upper), slack=_SLACK)}
         return [one for one in pipelinings if one in found]
 
-    def _promising(self, bound_s: float) -> bool:
-        return bound_s < self._upper_s * (1 - TOLERANCE)
+    def _promising(self, bound_s: float, *, slack: float = 0.0) -> bool:
+        return bound_s < self._upper_s * (1 - TOLERANCE) * (1 + slack)
 
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
@@ -236,7 +236,14 @@ class PipelineSearch:
     # ------------------------------------------------------------------------------------------ rounds
 
     def _problems(
-        self, builder: PipelineBuilder, layout: Layout, count: int, pipelinings: list[Pipelining], effort: Effort
+        self,
+        builder: PipelineBuilder,
+        layout: Layout,
+        count: int,
+        pipelinings: list[Pipelining],
+        effort: Effort,
+        *,
+        slack: float = 0.0,
     ) -> list[tuple[Variants, PipelineSolver]]:
         """Some schedules with all batch layouts, the lowest bound first."""
         found, every = [], batch_axes_for(layout.stage_axes, self.global_batch // count)
@@ -251,7 +258,7 @@ class PipelineSearch:
                 if not pipelines:
                     continue
                 relaxed = together(pipelines)
-                solver = self._solver(relaxed) if self._promising(self._work(relaxed)) else None
+                solver = self._solver(relaxed) if self._promising(self._work(relaxed), slack=slack) else None
                 if solver is not None:
                     each = sorted(pipelines, key=self._work) if len(pipelines) > 1 else pipelines
                     problems = tuple(PipelineProblem(builder, pipelining, batching, pipeline) for pipeline in each)

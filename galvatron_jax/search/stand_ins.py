@@ -131,6 +131,12 @@ class BoundingTables(OpenedTables):
             self._bounding[key] = self._bound(slot, super().table(slot, batching), batching)
         return self._bounding[key]
 
+    def forget(self, kinds: set[int]) -> None:
+        """Forgets what some layer kinds cost."""
+        super().forget(kinds)
+        for key in [key for key in self._bounding if key[0].wiring.kind in kinds]:
+            del self._bounding[key]
+
     def _bound(self, slot: Slot, table: Table, batching: Batching) -> Table:
         kind, groups = slot.wiring.kind, list(self.closed(slot.wiring.kind, batching).values())
         if not groups:
