@@ -183,9 +183,9 @@ class _OneStage:
         return [_costs(self.request, mesh, ()) for mesh in self.request.meshes]
 
     def chains(self, effort: Effort) -> tuple[Chains, float]:
-        """What to solve, and seconds that no plan undercuts with unlimited memory."""
+        """What to solve, and seconds of the fastest plan with unlimited memory."""
         request, found = self.request, None
-        if self.models and stand_ins.apply(request.space, self.models):
+        if self.models and stand_ins.on_demand(request.space, self.models):
             found = shortlist.worthwhile_chains(
                 self.models,
                 global_batch=request.global_batch,

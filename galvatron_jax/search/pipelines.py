@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.pipeline import Pipelining
@@ -89,30 +90,40 @@ class _Spared:
         return wanted != before and self.too_much > 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Tables:
     """The layers of one layout: in full, and with stand-ins."""
 
-    whole: PipelineBuilder
-    bounding: PipelineBuilder | None
-    stand_ins: BoundingTables | None
-    """Those that `bounding` builds of."""
+    costs: CostModel
+    space: SearchSpace
+    effort: Effort
+    bounds: bool
+    """Whether to bound by stand-ins before anything is priced in full."""
 
-    @classmethod
-    def of(cls, costs: CostModel, space: SearchSpace, effort: Effort, *, on_demand: bool) -> _Tables:
-        whole, tables = PipelineBuilder(TableBuilder(costs, space, effort.pruned)), BoundingTables(costs, space)
-        return cls(whole, PipelineBuilder(tables), tables) if on_demand else cls(whole, None, None)
+    @cached_property
+    def whole(self) -> PipelineBuilder:
+        """Builds pipelines of layers in full."""
+        return PipelineBuilder(TableBuilder(self.costs, self.space, self.effort.pruned))
 
-    def count(self, effort: Effort) -> None:
+    @cached_property
+    def bounding(self) -> PipelineBuilder:
+        """Builds pipelines that bound those."""
+        return PipelineBuilder(self._stand_ins)
+
+    @cached_property
+    def _stand_ins(self) -> BoundingTables:
+        return BoundingTables(self.costs, self.space)
+
+    def count(self) -> None:
         """Adds what was done."""
-        every = [self.whole.tables] if self.stand_ins is None else [self.whole.tables, self.stand_ins]
-        effort.planned += self.whole.tables.costs.table.planned
-        effort.priced += sum([tables.priced for tables in every])
-        effort.estimated += sum([tables.estimated for tables in every])
-        if self.stand_ins is not None:
-            missing = self.stand_ins.unpriced().items()
-            left = [count for key, count in missing if not self.whole.tables.knows(*key)]
-            effort.pruned[Rule.AXES_ON_DEMAND] += sum(left)
+        tables = self.whole.tables
+        self.effort.planned += self.costs.table.planned
+        self.effort.count(tables)
+        if self.bounds:
+            self.effort.count(self._stand_ins, beside=tables)
+            missing = self._stand_ins.unpriced().items()
+            left = sum([count for key, count in missing if not tables.knows(*key)])
+            self.effort.pruned.update({Rule.AXES_ON_DEMAND: left} if left else {})
 
 
 @dataclass
@@ -151,8 +162,8 @@ class PipelineSearch:
     def draft(self, models: Sequence[tuple[Layout, CostModel]], upper_s: float) -> None:
         """The first round: good solutions, and bounds of the others."""
         self._upper_s = min(upper_s, self._upper_s)
-        on_demand = stand_ins.apply(self.space, [costs for _, costs in models])
-        tables = [_Tables.of(costs, self.space, self.effort, on_demand=on_demand) for _, costs in models]
+        bounds = stand_ins.on_demand(self.space, [costs for _, costs in models])
+        tables = [_Tables(costs, self.space, self.effort, bounds) for _, costs in models]
         cells = self._cells(models)
         for step, cell in enumerate(cells):
             layout = models[cell.index][0]
@@ -163,12 +174,12 @@ class PipelineSearch:
             if self.progress is not None and pipelinings:
                 self.progress(step, len(cells), f"planning {layout.degree} stages with {cell.count} micro-batches")
             here, effort = tables[cell.index], self.effort
-            if here.bounding is not None and math.isfinite(self._upper_s):
+            if here.bounds and math.isfinite(self._upper_s):
                 bounds = self._problems(here.bounding, layout, cell.count, pipelinings, effort, slack=_SLACK)
                 pipelinings, effort = self._undercutting(pipelinings, bounds), Effort()
             self._drafted += self._draft(self._problems(here.whole, layout, cell.count, pipelinings, effort))
         for each in tables:
-            each.count(self.effort)
+            each.count()
 
     def close(self, upper_s: float) -> list[PipelineBest]:
         """The other rounds, when something is known that takes `upper_s`. Returns what `run` does."""

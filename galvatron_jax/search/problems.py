@@ -75,6 +75,19 @@ class Effort:
     open_s: float = math.inf
     """Least bound of a problem that was not solved to the end: no plan is faster than this or the best found."""
 
+    def count(self, tables: TableBuilder, beside: TableBuilder | None = None) -> None:
+        """Adds what was priced, but for what was so in other tables too."""
+        priced, estimated = tables.priced(beside)
+        self.priced += priced
+        self.estimated += estimated
+
+    def add(self, other: Effort) -> None:
+        """Adds what was done elsewhere."""
+        for name in ("problems", "solved", "labels", "planned", "priced", "estimated"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.pruned.update(other.pruned)
+        self.leave_open(other.open_s)
+
     def leave_open(self, bound_s: float) -> None:
         """Notes that a problem with this bound was not solved to the end."""
         self.open_s = min(self.open_s, bound_s)
@@ -106,8 +119,7 @@ def build_problems(
                 effort.pruned[Rule.MICROBATCHES_ON_DEMAND] += len(counts) - step - 1
                 break
         effort.planned += model.table.planned
-        effort.priced += tables.priced
-        effort.estimated += tables.estimated
+        effort.count(tables)
     effort.problems += len(found)
     return sorted(found, key=lambda problem: problem.bound_s)
 

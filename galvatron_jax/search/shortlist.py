@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from galvatron_jax.search.options import ChainBuilder
 from galvatron_jax.search.problems import Chains, Effort, Problem, Progress, problems_of
 from galvatron_jax.search.space import Axes, Rule, SearchSpace, batch_axes_for
 from galvatron_jax.search.stand_ins import OpenedTables
-from galvatron_jax.search.tables import Slot
+from galvatron_jax.search.tables import Slot, Table, tie_variants
 
 _CASES = 8
 """Ranges of the largest workspace, each with a bound of its own."""
@@ -43,32 +43,35 @@ def worthwhile_chains(
     """Those of `build_problems` that may hold the fastest plan, and seconds that none undercuts with any memory.
 
     Returns:
-        None where nothing is known to fit: then all may.
+        None where nothing is known to fit, and so all may.
     """
-    lists = [Shortlist(OpenedTables(model, space, effort.pruned), global_batch, memory_bytes) for model in costs]
+    done = Effort()
+    lists = [Shortlist(OpenedTables(model, space, done.pruned), global_batch, memory_bytes) for model in costs]
     counts, best = space.microbatch_counts(global_batch), None
     for step, shortlist in enumerate(lists):
         if progress is not None:
             progress(step, len(lists) + 1, "planning layers without rematerialisation")
-        first = Chains(shortlist.problems(shortlist.most_promising(counts)), memory_bytes, effort, deadline, best)
-        first.relax()
-        effort.problems += len(first.problems)
-        best = first.best
+        for count in shortlist.promising(counts):
+            first = Chains(shortlist.problems(count), memory_bytes, done, deadline, best)
+            first.relax()
+            best = first.best
+            if best is not None:
+                break
     if best is None:
         return None
     if progress is not None:
         progress(len(lists), len(lists) + 1, "planning layers in full")
-    found = []
+    found, unlimited = list[Problem](), math.inf
     for shortlist in lists:
         for count in shortlist.worthwhile(counts, best.solution.seconds):
             found += shortlist.problems(count)
-        effort.planned += shortlist.tables.costs.table.planned
-        effort.priced += shortlist.tables.priced
-        effort.estimated += shortlist.tables.estimated
-    effort.problems += len(found)
+        unlimited = min(unlimited, shortlist.unlimited_s())
+        done.planned += shortlist.tables.costs.table.planned
+        done.count(shortlist.tables)
+    done.problems = len(found)
+    effort.add(done)
     found.sort(key=lambda problem: problem.bound_s)
-    chains = Chains(found, memory_bytes, effort, deadline, best)
-    return chains, min(shortlist.unlimited_s for shortlist in lists)
+    return Chains(found, memory_bytes, effort, deadline, best), unlimited
 
 
 class BoundedLayer(NamedTuple):
@@ -143,7 +146,7 @@ class Bound:
 def _ascend(
     layers: Sequence[BoundedLayer], allowed: Sequence[np.ndarray], room: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per case the best price of a byte and the bound that it gives, by Handler and Zang's secants."""
+    """Per case the best price of a byte and the bound that it gives, by secants as in `layers`, but without moves."""
     price, none = np.zeros(len(room)), np.zeros(len(room))
     fast_s, fast_bytes = _cheapest(layers, allowed, none, np.ones(len(room)))
     small_s, small_bytes = _cheapest(layers, allowed, np.ones(len(room)), none)
@@ -203,86 +206,119 @@ class Shortlist:
 
     # ------------------------------------------------------------------------------------------ what to solve
 
-    def most_promising(self, counts: Sequence[int]) -> int:
-        """Of some numbers of micro-batches, ascending, the one with the least bound once its axes are opened."""
-        waiting, known = list(counts), self._bounds
-        self._renew(waiting.pop(0))
+    def promising(self, counts: Sequence[int]) -> Iterator[int]:
+        """Of some numbers of micro-batches, ascending, the one with the least bound once its axes are opened.
+
+        Those that follow it are the others that have been looked at.
+        """
+        first = self._most_promising(counts)
+        yield first
+        for count in sorted(self._bounds, key=lambda each: self._bounds[each].seconds):
+            if count != first and math.isfinite(self._bounds[count].seconds):
+                yield count
+
+    def _most_promising(self, counts: Sequence[int]) -> int:
+        known = self._bounds
         while True:
-            count = min(known, key=lambda each: known[each].seconds)
-            bound = known[count]
-            if waiting and bound.seconds > known[max(known)].unlimited_s:
-                self._renew(waiting.pop(0))
+            count = min(known, key=lambda each: known[each].seconds, default=counts[0])
+            ahead = next((each for each in counts if each not in known), None)
+            if ahead is not None and known and known[count].seconds > known[max(known)].unlimited_s:
+                self._renew(ahead)
             elif count not in self._fresh:
                 self._renew(count)
             else:
-                wanted = bound.wanted(bound.seconds * (1 + _NEAR))
+                wanted = known[count].wanted(known[count].seconds * (1 + _NEAR))
                 if not wanted:
                     return count
                 self._open({kind: axes[:1] for kind, axes in wanted.items()})
 
     def worthwhile(self, counts: Sequence[int], upper_s: float) -> list[int]:
         """Of some numbers of micro-batches, ascending, those with plans that may be faster than `upper_s`."""
-        found, space = [], self.tables.space
+        found, known, pruned = [], self._bounds, self.tables.pruned
         for count in counts:
-            if self._bound(count).unlimited_s >= upper_s and space.applies(Rule.MICROBATCHES_ON_DEMAND):
-                break
-            if self._bounds[count].seconds < upper_s:
+            if count not in known:
+                more = known[max(known)].unlimited_s >= upper_s
+                if more and self.tables.space.applies(Rule.MICROBATCHES_ON_DEMAND):
+                    pruned[Rule.MICROBATCHES_ON_DEMAND] += len([each for each in counts if each not in known])
+                    break
+                self._renew(count)
+            if known[count].seconds < upper_s:
                 self._settle(count, upper_s)
-            if self._bounds[count].seconds < upper_s:
-                found.append(count)
-        self.tables.pruned[Rule.MICROBATCHES_ON_DEMAND] += len(counts) - len(self._bounds)
-        self.tables.pruned[Rule.AXES_ON_DEMAND] += sum(self.tables.unpriced().values())
+                found += [count] if known[count].seconds < upper_s else []
+        left = sum(self.tables.unpriced().values())
+        pruned.update({Rule.AXES_ON_DEMAND: left} if left else {})
         return found
 
     def problems(self, count: int) -> list[Problem]:
         """The problems with a number of micro-batches, as far as axes are open."""
         return list(problems_of(self._builder, self.global_batch, count))
 
-    @property
     def unlimited_s(self) -> float:
-        """Of every plan with unlimited memory and a number of micro-batches that was asked about, at least."""
-        return min(bound.unlimited_s for bound in self._bounds.values())
+        """Seconds of the fastest plan with unlimited memory."""
+        found, known = math.inf, self._bounds
+        for count in sorted(known, key=lambda each: known[each].unlimited_s):
+            if known[count].unlimited_s >= found:
+                break
+            found = min([found, *(problem.bound_s for problem in self.problems(count))])
+        return found
 
     # ------------------------------------------------------------------------------------------ opening
 
     def _settle(self, count: int, upper_s: float) -> None:
         """Opens axes until no more stand-ins may be in a plan with that many micro-batches faster than `upper_s`."""
         at_once = 1
-        while wanted := self._renewed(count).wanted(upper_s):
+        while True:
+            if count not in self._fresh:
+                self._renew(count)
+            wanted = self._bounds[count].wanted(upper_s)
+            if not wanted:
+                return
             self._open({kind: axes[:at_once] for kind, axes in wanted.items()})
             at_once *= 2
 
-    def _open(self, wanted: Mapping[int, Sequence[Axes]]) -> None:
+    def _open(self, wanted: Mapping[int, Iterable[Axes]]) -> None:
         for kind, axes in wanted.items():
             self.tables.open(kind, axes)
         self._fresh.clear()
         self._builder = ChainBuilder(self.tables)
 
-    def _renewed(self, count: int) -> Bound:
-        """The bound with all that is open."""
-        return self._bounds[count] if count in self._fresh else self._renew(count)
-
-    def _bound(self, count: int) -> Bound:
-        """What no plan with a number of micro-batches undercuts."""
-        return self._bounds[count] if count in self._bounds else self._renew(count)
-
-    def _renew(self, count: int) -> Bound:
+    def _renew(self, count: int) -> None:
+        """Bounds the plans with a number of micro-batches by all that is open."""
         layouts = batch_axes_for(self.tables.costs.table.mesh, self.global_batch // count)
         batchings = [Batching(self.global_batch, count, axes) for axes in layouts]
+        for batching in batchings:
+            self._agree(batching)
+        while surprising := self._surprising(batchings[0]):
+            # Stand-ins on their other axes may have been too slow, and so all bounds.
+            self._open(surprising)
+            self._bounds.clear()
         fixed = min(fixed_bytes(self.tables.costs, batching) for batching in batchings)
         layers = [self._layer(slot, number, batchings) for slot, number in Counter(self.tables.slots).items()]
         self._bounds[count] = Bound.of(layers, self.memory_bytes - fixed)
         self._fresh.add(count)
-        return self._bounds[count]
+
+    def _agree(self, batching: Batching) -> None:
+        """Lets layers that share parameters repeat their work where no layouts of those agree."""
+        slots, tied = dict.fromkeys(self.tables.slots), self.tables.costs.wiring.tied
+        while not tie_variants([self.tables.table(slot, batching) for slot in slots], tied):
+            if not self.tables.let_tied_repeat(batching):
+                return
+            self._builder = ChainBuilder(self.tables)
+
+    def _surprising(self, batching: Batching) -> dict[int, tuple[Axes, ...]]:
+        """Layer kinds of which some option is faster than the plain ones on its axes, with the axes not opened."""
+        found, count = {}, batching.num_microbatches
+        for slot in dict.fromkeys(self.tables.slots):
+            table, closed = self.tables.table(slot, batching), self.tables.closed(slot.wiring.kind, batching)
+            if closed and self.tables.surprises(slot.wiring.kind, table.strategies, _seconds(table, count)):
+                found[slot.wiring.kind] = tuple(closed)
+        return found
 
     def _layer(self, slot: Slot, number: int, batchings: Sequence[Batching]) -> BoundedLayer:
         tables = [self.tables.table(slot, batching) for batching in batchings]
-        count, table, kind = batchings[0].num_microbatches, tables[0], slot.wiring.kind
-        seconds = np.min([count * (each.forward_s + each.backward_s) + each.once_s for each in tables], axis=0)
+        table, kind = tables[0], slot.wiring.kind
+        seconds = np.min([_seconds(each, batchings[0].num_microbatches) for each in tables], axis=0)
         closed = self.tables.closed(kind, batchings[0])
-        if closed and self.tables.surprises(kind, table.strategies, seconds):
-            self._open({kind: tuple(closed)})
-            return self._layer(slot, number, batchings)
         fastest = [seconds[options].min() for options in closed.values()]
         least = [self.tables.least(slot.wiring).memory.static_bytes] * len(closed)
         return BoundedLayer(
@@ -293,3 +329,8 @@ class Shortlist:
             np.array([*table.workspace_bytes, *[0] * len(closed)], np.int64),
             tuple(closed),
         )
+
+
+def _seconds(table: Table, count: int) -> np.ndarray:
+    """Of a step with a number of micro-batches. float64[options]."""
+    return count * (table.forward_s + table.backward_s) + table.once_s

@@ -50,9 +50,9 @@ class Rule(StrEnum):
     """Heuristic, for derived times only: once the fastest plan fits, more micro-batches are not tried. A roofline never
     gains from them; measured times may, and then all are tried."""
     AXES_ON_DEMAND = "axes-on-demand"
-    """Heuristic, for plans of one stage and derived times only: a layer is priced under every ZeRO stage and
-    rematerialisation policy on those axes alone on which that may make the fastest plan. Elsewhere ZeRO 0 or 1 without
-    rematerialisation is taken to be the fastest on the same axes; where the partitioner finds better, it is lost."""
+    """Heuristic, for derived times only: a layer is priced under every ZeRO stage and rematerialisation policy on those
+    axes alone on which that may make the fastest plan. Elsewhere ZeRO 0 or 1 without rematerialisation is taken to be
+    the fastest on the same axes (see `stand_ins`); where the partitioner finds better, it is lost."""
     BATCH_AXES = "batch-axes"
     """Heuristic, for pipelines only: between stages the batch lies on as many of a stage's axes as divide it."""
     ONE_PROGRAM = "one-program"

@@ -22,17 +22,17 @@ from galvatron_jax.cost.sizes import itemsize
 from galvatron_jax.cost.wiring import LayerWiring
 from galvatron_jax.partition.layer_plan import ParameterPlan
 from galvatron_jax.search.space import Axes, Rule, SearchSpace, axes_of
-from galvatron_jax.search.tables import Slot, Table, TableBuilder
+from galvatron_jax.search.tables import COLUMNS, Slot, Table, TableBuilder
 from galvatron_jax.spec.model import PortRole
 from galvatron_jax.spec.profile import Provenance
 from galvatron_jax.spec.strategy import LayerStrategy, Remat
 
 _SURPRISE = 1e-3
-"""Part of a layer's seconds."""
+"""Part of a layer's seconds by which an option is faster than the plain ones to count as such."""
 
 
-def apply(space: SearchSpace, costs: Iterable[CostModel]) -> bool:
-    """Whether axes are opened on demand: times are derived, and plain options among those offered."""
+def on_demand(space: SearchSpace, costs: Iterable[CostModel]) -> bool:
+    """Whether axes are opened on demand: times are derived, and plain options are the first of those offered."""
     plain = space.remat[0] is Remat.NONE and (1 in space.zero or max(space.zero) == 0)
     derived = all(model.provenance == Provenance.DERIVED for model in costs)
     return space.applies(Rule.AXES_ON_DEMAND) and plain and derived
@@ -86,11 +86,11 @@ class OpenedTables(TableBuilder):
         return self._is_plain(kind, strategy) or axes_of(strategy) in self._opened.get(kind, ())
 
     def _is_plain(self, kind: int, strategy: LayerStrategy) -> bool:
-        return strategy.remat is Remat.NONE and (strategy.zero <= 1 or kind in self.by_stage)
+        return strategy.remat is Remat.NONE and (strategy.zero <= 1 or kind in self._plain_at_all_stages)
 
     @cached_property
-    def by_stage(self) -> frozenset[int]:
-        """Layer kinds of which options of every ZeRO stage are plain.
+    def _plain_at_all_stages(self) -> frozenset[int]:
+        """Layer kinds of which options at every ZeRO stage are plain.
 
         Joint layouts of tied parameters must not depend on what is open; and of tables, ZeRO 3 may send rows only,
         which ZeRO 0 would sum up whole.
@@ -120,7 +120,7 @@ class OpenedTables(TableBuilder):
 
 @dataclass
 class BoundingTables(OpenedTables):
-    """Tables of pipelines with stand-ins: no plan made of them is real, none of the real ones beats the best."""
+    """Tables of pipelines with stand-ins: plans made of them bound the real ones, and are not real themselves."""
 
     _bounding: dict[tuple, Table] = field(default_factory=dict, repr=False)
 
@@ -128,7 +128,13 @@ class BoundingTables(OpenedTables):
         """A slot's options and stand-ins, none pruned but by the space's rules."""
         key = self.key(slot, batching)
         if key not in self._bounding:
-            self._bounding[key] = self._bound(slot, super().table(slot, batching), batching)
+            table, groups = super().table(slot, batching), self.closed(slot.wiring.kind, batching).values()
+            if not groups:
+                self._bounding[key] = table
+            elif slot.wiring.kind in self._plain_at_all_stages:
+                self._bounding[key] = self._as_stored(table, [option for options in groups for option in options])
+            else:
+                self._bounding[key] = self._shared_out(slot, table, list(groups))
         return self._bounding[key]
 
     def forget(self, kinds: set[int]) -> None:
@@ -137,30 +143,39 @@ class BoundingTables(OpenedTables):
         for key in [key for key in self._bounding if key[0].wiring.kind in kinds]:
             del self._bounding[key]
 
-    def _bound(self, slot: Slot, table: Table, batching: Batching) -> Table:
-        kind, groups = slot.wiring.kind, list(self.closed(slot.wiring.kind, batching).values())
-        if not groups:
-            return table
-        if kind in self.by_stage:
-            index = np.concatenate(groups)
-            once, static, workspace, stored = table.once_s[index], table.static_bytes[index], 0, table.stored[index]
-            groups = [[option] for option in index]
-        else:
-            # Others may synchronise gradients while they work.
-            least, stored = self.least(slot.wiring), len(table.ties)
-            once, static, workspace = least.once_s, least.memory.static_bytes, least.memory.workspace_bytes
-            assert table.flat_bytes is not None, "not of a pipeline"
-            flat = np.array([*table.flat_bytes, self.flat_bytes(slot.wiring, self.shared(kind))], np.int64)
-            table = replace(table, ties=(*table.ties, {}), tied_bytes=(*table.tied_bytes, {}), flat_bytes=flat)
-        like = [options[0] for options in groups]
+    def _as_stored(self, table: Table, options: list[int]) -> Table:
+        """With a stand-in for each of some options, whose parameters are kept as that option keeps them."""
+        columns = {name: getattr(table, name)[options] for name in (*COLUMNS, "stored")}
+        return _with(table, options, columns | {"residual_bytes": 0, "workspace_bytes": 0})
+
+    def _shared_out(self, slot: Slot, table: Table, groups: list[list[int]]) -> Table:
+        """With a stand-in for each group of options on the same axes, its parameters shared out over all devices.
+
+        They are synchronised for nothing: others may do that while they work.
+        """
+        assert table.flat_bytes is not None, "not of a pipeline"
+        least, flat = self.least(slot.wiring), self.flat_bytes(slot.wiring, self.shared(slot.wiring.kind))
         columns = {
             "forward_s": [table.forward_s[options].min() for options in groups],
             "backward_s": [table.backward_s[options].min() for options in groups],
-            "once_s": once, "static_bytes": static, "residual_bytes": 0, "workspace_bytes": workspace,
-            "boundary": table.boundary[like], "stored": stored,
-        }  # fmt: skip
-        more: dict[str, Any] = {
-            name: np.append(getattr(table, name), np.broadcast_to(column, len(like)))
-            for name, column in columns.items()
+            "once_s": least.once_s,
+            "static_bytes": least.memory.static_bytes,
+            "residual_bytes": 0,
+            "workspace_bytes": least.memory.workspace_bytes,
+            "stored": len(table.ties),
         }
-        return replace(table, strategies=(*table.strategies, *[table.strategies[option] for option in like]), **more)
+        table = replace(
+            table,
+            ties=(*table.ties, {}),
+            tied_bytes=(*table.tied_bytes, {}),
+            flat_bytes=np.array([*table.flat_bytes, flat], np.int64),
+        )
+        return _with(table, [options[0] for options in groups], columns)
+
+
+def _with(table: Table, like: list[int], columns: dict[str, Any]) -> Table:
+    """A table with more options, whose strategies and boundaries are as those of some others."""
+    more = {name: np.broadcast_to(column, len(like)) for name, column in columns.items()}
+    more |= {"boundary": table.boundary[like]}
+    longer: dict[str, Any] = {name: np.append(getattr(table, name), column) for name, column in more.items()}
+    return replace(table, strategies=(*table.strategies, *[table.strategies[option] for option in like]), **longer)

@@ -154,15 +154,15 @@ class TableBuilder:
             allowed(strategy.model_copy(update={"remat": policy})) for policy in same[strategy.remat]
         )
 
-    @property
-    def priced(self) -> int:
-        """Options priced."""
-        return sum([len(table) for table in self._priced.values()])
+    def priced(self, beside: TableBuilder | None = None) -> tuple[int, int]:
+        """Options priced, and those of them whose computation time was not measured.
 
-    @property
-    def estimated(self) -> int:
-        """Options whose computation time was not measured."""
-        return sum([table.estimated for table in self._priced.values()])
+        Args:
+            beside: what was priced there too does not count.
+        """
+        known = {} if beside is None else beside._priced
+        tables = [table for key, table in self._priced.items() if key not in known]
+        return sum([len(table) for table in tables]), sum([table.estimated for table in tables])
 
     def knows(self, kind: int, microbatch: int) -> bool:
         """Whether a layer kind was asked about at a micro-batch."""

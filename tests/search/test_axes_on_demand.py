@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galvatron_jax.cost.model import Batching, CostModel
 from galvatron_jax.cost.pipeline import stage_wirings
 from galvatron_jax.cost.planner import default_planner
-from galvatron_jax.search import Rule, SearchSpace, search
-from galvatron_jax.search.chain import Chain, Options
-from galvatron_jax.search.layers import solve
-from galvatron_jax.search.shortlist import Bound, BoundedLayer
-from galvatron_jax.search.space import axes_of, meshes_for
+from galvatron_jax.search import Rule, SearchResult, SearchSpace, search
+from galvatron_jax.search.shortlist import Bound, BoundedLayer, Shortlist
+from galvatron_jax.search.space import Axes, axes_of, meshes_for
 from galvatron_jax.search.stand_ins import BoundingTables, OpenedTables
 from galvatron_jax.search.tables import COLUMNS, Table, TableBuilder
 from galvatron_jax.spec.presets import cluster_preset
-from galvatron_jax.spec.strategy import LayerStrategy, Remat
+from galvatron_jax.spec.strategy import Remat, SequenceParallel
 from tests.runtime.matrix import PLANS, traced
+from tests.search.fake import cluster, toy_model
 from tests.search.questions import ADAM
+from tests.search.test_engine import TornPlanner
 
 SPACE = SearchSpace(num_microbatches=(1, 4), pipeline_degrees=None, disabled_rules=frozenset({Rule.TP_ACROSS_NODES}))
 WHOLE = replace(SPACE, disabled_rules=SPACE.disabled_rules | {Rule.AXES_ON_DEMAND})
 CLUSTER, BATCH = cluster_preset("h100x8"), 64
-NOTHING = LayerStrategy()
-SAMPLE = ("gpt2", "llama", "t5", "moe", "swin", "batchnorm_net")
+SAMPLE = ("gpt2", "llama", "t5", "moe", "batchnorm_net")
 
 
 def costs_of(model: str, *, staged: bool) -> CostModel:
@@ -94,26 +96,55 @@ def columns(table: Table) -> np.ndarray:
     return np.column_stack([*(getattr(table, name) for name in COLUMNS[2:]), table.flat()])
 
 
+@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**32 - 1))
-def test_no_chain_is_faster_than_its_bound(seed: int) -> None:
+def test_no_plan_is_faster_than_its_bound_and_the_axes_of_better_ones_are_wanted(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    sizes = rng.integers(1, 5, rng.integers(1, 5)).tolist()
-    layers = [
-        BoundedLayer(0, 1, rng.random(size), rng.integers(0, 10, size), rng.integers(0, 6, size), ()) for size in sizes
-    ]
-    budget = int(rng.integers(5, 40))
-    options = [
-        Options(
-            (NOTHING,) * len(one.seconds), one.seconds, one.resident_bytes, one.workspace_bytes,
-            np.zeros(len(one.seconds), int), 1, np.ones((1, len(one.seconds)), bool),
-        )
-        for one in layers
-    ]  # fmt: skip
-    chain = Chain(tuple(options), (np.zeros((1, 1)),) * (len(layers) - 1))
-    found, bound = solve(chain, budget_bytes=budget).solution, Bound.of(layers, budget)
-    fastest = np.inf if found is None else found.seconds
+    layers = [random_layer(rng, kind) for kind in range(rng.integers(1, 4))]
+    room = int(rng.integers(5, 40))
+    bound = Bound.of(layers, room)
+    plans = [plan for plan in every_plan(layers) if plan.bytes <= room]
     assert bound.unlimited_s <= bound.seconds * (1 + 1e-9)
-    assert bound.seconds <= fastest * (1 + 1e-9)
+    assert all(bound.seconds <= plan.seconds * (1 + 1e-9) for plan in plans)
+    upper = float(rng.uniform(1, 1.5)) * min([plan.seconds for plan in plans], default=1.0)
+    wanted = bound.wanted(upper)
+    for plan in plans:
+        if plan.seconds < upper * (1 - 1e-9):
+            assert all(axes in wanted.get(kind, ()) for kind, axes in plan.stand_ins)
+
+
+class Made(NamedTuple):
+    """A plan of bounded layers."""
+
+    seconds: float
+    bytes: int
+    stand_ins: frozenset[tuple[int, Axes]]
+
+
+def random_layer(rng: np.random.Generator, kind: int) -> BoundedLayer:
+    size = int(rng.integers(1, 5))
+    stands_for = tuple([((f"{i}",), (), (), SequenceParallel.NONE) for i in range(rng.integers(0, size + 1))])
+    workspace = rng.integers(0, 6, size)
+    workspace[size - len(stands_for) :] = 0
+    return BoundedLayer(
+        kind, int(rng.integers(1, 3)), rng.random(size), rng.integers(0, 10, size), workspace, stands_for
+    )
+
+
+def every_plan(layers: list[BoundedLayer]) -> Iterator[Made]:
+    each = [layer for layer in layers for _ in range(layer.number)]
+    for options in itertools.product(*(range(len(layer.seconds)) for layer in each)):
+        pairs = list(zip(each, options, strict=True))
+        used = [(layer.kind, layer.stands_for[i - len(layer.seconds)]) for layer, i in pairs if i >= real(layer)]
+        yield Made(
+            sum(float(layer.seconds[i]) for layer, i in pairs),
+            sum(int(layer.resident_bytes[i]) for layer, i in pairs) + max(int(x.workspace_bytes[i]) for x, i in pairs),
+            frozenset(used),
+        )
+
+
+def real(layer: BoundedLayer) -> int:
+    return len(layer.seconds) - len(layer.stands_for)
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama", "t5"])
@@ -147,3 +178,67 @@ def test_a_faster_option_than_the_plain_ones_is_noticed() -> None:
     for seconds_s, noticed in ((0.9999, False), (0.99, True)):
         taken[last] = seconds_s
         assert tables.surprises(kind, every, taken) is noticed
+
+
+def both(model, where, *, memory: int, space: SearchSpace, **options) -> tuple[SearchResult, SearchResult]:
+    """With the rule and without."""
+    off = replace(space, disabled_rules=space.disabled_rules | {Rule.AXES_ON_DEMAND})
+    about = {"optimizer": ADAM, "memory_bytes": memory, "runners_up": False} | options
+    return search(model, where, space=space, **about), search(model, where, space=off, **about)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.6, 0.45])
+@pytest.mark.parametrize("degrees", [(1,), (2,), None])
+@pytest.mark.parametrize("sequence", [8, 32])
+def test_layers_that_must_repeat_their_work_are_bounded_too(sequence: int, degrees, share: float) -> None:
+    """Which they may do once it is known that tied parameters are laid out alike in no other way."""
+    model, planner = toy_model(1, tied=True, width=64, sequence=sequence), TornPlanner(work=20, activation=100)
+    space = SearchSpace(
+        tensor_degrees=(2,), pipeline_degrees=degrees, num_microbatches=(2, 4),
+        disabled_rules=frozenset({Rule.TP_ACROSS_NODES, Rule.MICROBATCHES_ON_DEMAND}),
+    )  # fmt: skip
+    options = {"space": space, "global_batch": 4, "planner": planner}
+    need = both(model, cluster(2, 2), memory=2**40, **options)[1].prediction.peak_bytes
+    on, off = both(model, cluster(2, 2), memory=int(share * need), **options)
+    assert on.prediction.time.step_s == pytest.approx(off.prediction.time.step_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("degrees", [(1,), (2,)])
+@pytest.mark.parametrize("share", [1.1, 0.6])
+def test_tied_layers_that_must_repeat_their_work_lose_nothing(share: float, degrees: tuple[int, ...]) -> None:
+    spec = traced("bert").spec
+    space = SearchSpace(num_microbatches=(1, 4), tensor_degrees=(2,), pipeline_degrees=degrees)
+    need = both(spec, CLUSTER, memory=2**40, space=space, global_batch=BATCH)[1].prediction.peak_bytes
+    on, off = both(spec, CLUSTER, memory=int(share * need), space=space, global_batch=BATCH)
+    assert on.prediction.time.step_s == pytest.approx(off.prediction.time.step_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "moe"])
+def test_what_unlimited_memory_would_give_is_known_all_the_same(model: str) -> None:
+    space = replace(SPACE, pipeline_degrees=(1,))
+    on, off = both(traced(model).spec, CLUSTER, memory=2**40, space=space, global_batch=BATCH)
+    assert on.statistics.unlimited_s == pytest.approx(on.statistics.step_s, rel=1e-9)
+    assert on.statistics.unlimited_s == pytest.approx(off.statistics.unlimited_s, rel=1e-9)
+
+
+def test_a_faster_option_than_the_plain_ones_opens_all_axes() -> None:
+    costs, opened = costs_of("llama", staged=False), OpenedTables(costs_of("llama", staged=False), SPACE)
+    shortlist = Shortlist(opened, BATCH, 2**40)
+    first = next(iter(shortlist.promising((1,))))
+    head = len(costs.model.kinds) - 1
+    batching = Batching(BATCH, first, ())
+    surprising = opened.surprises(
+        head, TableBuilder(costs, SPACE).candidates(head, batching),
+        seconds(TableBuilder(costs, SPACE).table(opened.slots[-1], batching), first),
+    )  # fmt: skip
+    assert surprising
+    while opened.closed(head, batching):
+        axes = next(iter(opened.closed(head, batching)))
+        opened.open(head, [axes])
+        shortlist.worthwhile((1,), 1.0)
+        if opened.surprises(
+            head, opened.candidates(head, batching), seconds(opened.table(opened.slots[-1], batching), first)
+        ):
+            break
+    shortlist.worthwhile((1,), 1.0)
+    assert not opened.closed(head, batching)
