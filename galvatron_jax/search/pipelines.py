@@ -105,6 +105,11 @@ class _Tables:
         """Builds pipelines of layers in full."""
         return PipelineBuilder(TableBuilder(self.costs, self.space, self.effort.pruned))
 
+    @property
+    def worth_bounding(self) -> bool:
+        """Whether there is still something to spare: one set of plans serves all micro-batches."""
+        return self.bounds and not self.whole.tables.priced()[0]
+
     @cached_property
     def bounding(self) -> PipelineBuilder:
         """Builds pipelines that bound those."""
@@ -174,7 +179,7 @@ class PipelineSearch:
             if self.progress is not None and pipelinings:
                 self.progress(step, len(cells), f"planning {layout.degree} stages with {cell.count} micro-batches")
             here, effort = tables[cell.index], self.effort
-            if here.bounds and math.isfinite(self._upper_s):
+            if here.worth_bounding and math.isfinite(self._upper_s):
                 bounds = self._problems(here.bounding, layout, cell.count, pipelinings, effort, slack=_SLACK)
                 pipelinings, effort = self._undercutting(pipelinings, bounds), Effort()
             self._drafted += self._draft(self._problems(here.whole, layout, cell.count, pipelinings, effort))

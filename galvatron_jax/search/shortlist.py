@@ -53,7 +53,7 @@ def worthwhile_chains(
             progress(step, len(lists) + 1, "planning layers without rematerialisation")
         for count in shortlist.promising(counts):
             first = Chains(shortlist.problems(count), memory_bytes, done, deadline, best)
-            first.relax()
+            first.relax(leaders=1)
             best = first.best
             if best is not None:
                 break
