@@ -40,19 +40,20 @@ def worthwhile_chains(
     deadline: float | None,
     progress: Progress | None,
 ) -> tuple[Chains, float] | None:
-    """Those of `build_problems` that may hold the fastest plan, and seconds that none undercuts with any memory.
+    """Those of `build_problems` that may hold the fastest plan, and seconds of the fastest with unlimited memory.
 
     Returns:
         None where nothing is known to fit, and so all may.
     """
-    done = Effort()
+    done, built = Effort(), dict[tuple[int, int], list[Problem]]()
     lists = [Shortlist(OpenedTables(model, space, done.pruned), global_batch, memory_bytes) for model in costs]
     counts, best = space.microbatch_counts(global_batch), None
     for step, shortlist in enumerate(lists):
         if progress is not None:
             progress(step, len(lists) + 1, "planning layers without rematerialisation")
         for count in shortlist.promising(counts):
-            first = Chains(shortlist.problems(count), memory_bytes, done, deadline, best)
+            problems = built[step, count] = shortlist.problems(count)
+            first = Chains(problems, memory_bytes, done, deadline, best)
             first.relax(leaders=1)
             best = first.best
             if best is not None:
@@ -62,13 +63,14 @@ def worthwhile_chains(
     if progress is not None:
         progress(len(lists), len(lists) + 1, "planning layers in full")
     found, unlimited = list[Problem](), math.inf
-    for shortlist in lists:
+    for step, shortlist in enumerate(lists):
         for count in shortlist.worthwhile(counts, best.solution.seconds):
-            found += shortlist.problems(count)
+            problems = built[step, count] = shortlist.problems(count)
+            found += problems
         unlimited = min(unlimited, shortlist.unlimited_s())
         done.planned += shortlist.tables.costs.table.planned
         done.count(shortlist.tables)
-    done.problems = len(found)
+    done.problems = sum(map(len, built.values()))
     effort.add(done)
     found.sort(key=lambda problem: problem.bound_s)
     return Chains(found, memory_bytes, effort, deadline, best), unlimited
