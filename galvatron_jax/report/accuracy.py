@@ -10,7 +10,6 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from scipy.stats import spearmanr
 
 from galvatron_jax.report.figures import check_figure
 from galvatron_jax.report.sweeps import describe_plan
@@ -63,8 +62,15 @@ def accuracy(recorded: Sequence[Recorded]) -> Accuracy | None:
     predicted, measured = np.array(pairs).T
     errors = np.abs(predicted / measured - 1)
     ranked = len(pairs) >= 3 and len(set(predicted)) > 1 and len(set(measured)) > 1
-    correlation = float(spearmanr(predicted, measured).statistic) if ranked else None
+    correlation = _rank_correlation(predicted, measured) if ranked else None
     return Accuracy(len(pairs), float(errors.mean()), float(errors.max()), correlation)
+
+
+def _rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Spearman's."""
+    from scipy.stats import spearmanr  # Takes as long to import as JAX, and every command imports this file.
+
+    return float(spearmanr(one, other).statistic)
 
 
 def accuracy_table(recorded: Sequence[Recorded]) -> Group:
