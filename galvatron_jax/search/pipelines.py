@@ -167,8 +167,8 @@ class PipelineSearch:
     def draft(self, models: Sequence[tuple[Layout, CostModel]], upper_s: float) -> None:
         """The first round: good solutions, and bounds of the others."""
         self._upper_s = min(upper_s, self._upper_s)
-        bounds = stand_ins.on_demand(self.space, [costs for _, costs in models])
-        tables = [_Tables(costs, self.space, self.effort, bounds) for _, costs in models]
+        on_demand = stand_ins.on_demand(self.space, [costs for _, costs in models])
+        tables = [_Tables(costs, self.space, self.effort, on_demand) for _, costs in models]
         cells = self._cells(models)
         for step, cell in enumerate(cells):
             layout = models[cell.index][0]

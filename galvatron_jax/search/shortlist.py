@@ -202,6 +202,8 @@ class Shortlist:
     """By number of micro-batches; what is opened later only raises them."""
     _fresh: set[int] = field(default_factory=set, repr=False)
     """Those bounds that nothing was opened after."""
+    _surprises: int = 0
+    """Times that all bounds had to be forgotten."""
 
     def __post_init__(self) -> None:
         self._builder = ChainBuilder(self.tables)
@@ -236,19 +238,24 @@ class Shortlist:
 
     def worthwhile(self, counts: Sequence[int], upper_s: float) -> list[int]:
         """Of some numbers of micro-batches, ascending, those with plans that may be faster than `upper_s`."""
-        found, known, pruned = [], self._bounds, self.tables.pruned
-        for count in counts:
-            if count not in known:
-                more = known[max(known)].unlimited_s >= upper_s
-                if more and self.tables.space.applies(Rule.MICROBATCHES_ON_DEMAND):
-                    pruned[Rule.MICROBATCHES_ON_DEMAND] += len([each for each in counts if each not in known])
-                    break
-                self._renew(count)
-            if known[count].seconds < upper_s:
-                self._settle(count, upper_s)
-                found += [count] if known[count].seconds < upper_s else []
-        left = sum(self.tables.unpriced().values())
-        pruned.update({Rule.AXES_ON_DEMAND: left} if left else {})
+        known, pruned = self._bounds, self.tables.pruned
+        on_demand = self.tables.space.applies(Rule.MICROBATCHES_ON_DEMAND)
+        while True:
+            found, surprises = [], self._surprises
+            for count in counts:
+                if count not in known:
+                    last = max(known, default=count)
+                    if on_demand and count > last and known[last].unlimited_s >= upper_s:
+                        break
+                    self._renew(count)
+                if known[count].seconds < upper_s:
+                    self._settle(count, upper_s)
+                    found += [count] if known[count].seconds < upper_s else []
+            if surprises == self._surprises:
+                break
+        skipped, unpriced = len(set(counts) - set(known)), sum(self.tables.unpriced().values())
+        pruned.update({Rule.MICROBATCHES_ON_DEMAND: skipped} if skipped else {})
+        pruned.update({Rule.AXES_ON_DEMAND: unpriced} if unpriced else {})
         return found
 
     def problems(self, count: int) -> list[Problem]:
@@ -294,6 +301,7 @@ class Shortlist:
             # Stand-ins on their other axes may have been too slow, and so all bounds.
             self._open(surprising)
             self._bounds.clear()
+            self._surprises += 1
         fixed = min(fixed_bytes(self.tables.costs, batching) for batching in batchings)
         layers = [self._layer(slot, number, batchings) for slot, number in Counter(self.tables.slots).items()]
         self._bounds[count] = Bound.of(layers, self.memory_bytes - fixed)
