@@ -11,7 +11,7 @@ from galvatron_jax.partition.counts import NONE, Counts, Tally
 from galvatron_jax.partition.in_a_row import InARow
 from galvatron_jax.partition.instructions import Instruction, Residual, Version
 from galvatron_jax.partition.layer_plan import BoundarySpec, LayerPlan
-from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Step
+from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Role, Step, convert
 from galvatron_jax.partition.liveness import Where
 from galvatron_jax.partition.placement import Counted, Occasion, Placement
 from galvatron_jax.partition.planner import Pass
@@ -24,6 +24,15 @@ from galvatron_jax.partition.static import StaticKind, prepare_kind
 from galvatron_jax.partition.strategy_axes import AxisPlan
 from galvatron_jax.spec.model import InputPort, LayerKind, PortRole
 from galvatron_jax.spec.strategy import LayerStrategy, Remat
+
+
+class Summand(NamedTuple):
+    """How a gradient, as it is made, becomes each device's summand of a whole one."""
+
+    steps: tuple[Step, ...]
+    """Gathers, in whose place each device puts zeros for what the others have."""
+    repeated: tuple[str, ...]
+    """Mesh axes over which all devices have the same: all but the first put zeros."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,10 @@ class LocalPlan:
     """Per input port with a gradient, in port order."""
     gradient_layouts: tuple[Layout, ...]
     """Their layouts; pending sums of parameters' gradients await `sync`."""
+    cotangents: tuple[Layout, ...]
+    """Layout per output port in which its cotangent arrives, if it has any."""
+    summands: Mapping[int, Summand]
+    """Per input port whose gradient is handed back as summands."""
     sync: Mapping[int, tuple[Step, ...]]
     """Per parameter port: steps from the accumulated gradient to the optimizer's layout."""
     publish: Mapping[int, tuple[Step, ...]]
@@ -339,6 +352,7 @@ class Context(Placement):
             forward=forward.instructions, backward=backward.instructions,
             output_versions=passes.output_versions, residuals=passes.residuals(),
             gradient_versions=passes.gradient_versions, gradient_layouts=passes.counted.gradient_layouts,
+            cotangents=self.ports.cotangents, summands=self._summands(passes.counted.gradient_layouts),
             sync={i: parameter.sync for i, parameter in stored.items()},
             publish={i: parameter.publish for i, parameter in stored.items()},
             backward_reads=passes.backward_reads, scattered_at_once=passes.scattered_at_once,
@@ -419,7 +433,7 @@ class Context(Placement):
             backward.held[value] = self.setting.state(
                 tuple([held.layouts[i] for i in usable]), lazy=held.lazy, zero=held.zero
             )
-        for port, layout in zip(self.kind.outputs, self.ports.outputs, strict=True):
+        for port, layout in zip(self.kind.outputs, self.ports.cotangents, strict=True):
             if port.cotangent is not None:
                 backward.hold(port.cotangent, layout)
         return backward, versions, tuple(picks)
@@ -536,14 +550,31 @@ class Context(Placement):
         pairs = zip(self.kind.outputs, self.ports.outputs, strict=True)
         return tuple(forward.convert(port.value, layout) for port, layout in pairs)
 
+    def _summands(self, gradient_layouts: Sequence[Layout]) -> dict[int, Summand]:
+        """By input port; see `LocalPlan.summands`."""
+        found = {}
+        for (i, port, gradient), layout in zip(self.gradients, gradient_layouts, strict=True):
+            if port.summands:
+                whole = tuple([PENDING if place == PENDING else NOWHERE for place in layout])
+                frame = self.setting.frame(gradient, frozenset())
+                pairs = zip(self.axes.axes, layout, strict=True)
+                alike = [axis for axis, place in pairs if place == NOWHERE and axis.role is not Role.STORAGE]
+                names = tuple([name for axis in alike for name in axis.names])
+                found[i] = Summand(tuple(convert(self.axes.axes, frame, layout, whole)), names)
+        return found
+
     def _gradient_layout(
         self, backward: Pass, came: Layout, port: InputPort, gradient: int, *, scatter: bool
     ) -> Layout:
         """Activations' gradients leave as the activation came; parameters' keep sums pending until the step's end.
 
+        What is handed back as summands leaves as it is made.
+
         To scatter: ZeRO's axes are the data axes seen again, so that what is pending over those is pending over them.
         The gradient is first relabelled so, as a version of its own, at no cost.
         """
+        if port.summands:
+            return backward.held[gradient].layouts[0]
         if port.role is not PortRole.PARAMETER:
             return came
         stored = self.storage.layout(port.value, sharded=False)

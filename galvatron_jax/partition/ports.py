@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from galvatron_jax.partition.layer_plan import BoundarySpec
-from galvatron_jax.partition.layout import NOWHERE, Layout, Role
+from galvatron_jax.partition.layout import NOWHERE, PENDING, Layout, Role
 from galvatron_jax.partition.parameters import Storage
 from galvatron_jax.partition.static import StaticKind
 from galvatron_jax.partition.strategy_axes import AxisPlan
@@ -25,6 +25,10 @@ class Ports:
         self.sp_kind, self.storage = sp_kind, storage
         self.nowhere: Layout = (NOWHERE,) * len(axes.axes)
         self.outputs = tuple(self._crossing(port.value) for port in self.kind.outputs)
+        summands = tuple([NOWHERE if axis.role is Role.STORAGE else PENDING for axis in axes.axes])
+        self.cotangents = tuple(
+            summands if port.summands else layout for port, layout in zip(self.kind.outputs, self.outputs, strict=True)
+        )
         self._inputs: dict[bool, tuple[Layout, ...]] = {}
         self._input_specs: dict[bool, tuple[BoundarySpec | None, ...]] = {}
 

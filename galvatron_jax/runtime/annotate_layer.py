@@ -78,6 +78,10 @@ class AnnotatedLayer:
         self._run(self.split.backward, env, "backward")
         return [self._read(env, p.gradient) for p in kind.inputs if p.gradient is not None]
 
+    def summand(self, port: int, x: Any) -> Any:
+        """An input port's gradient as it is handed back: whole arrays need no summing."""
+        return x
+
     def _run(self, operations: Iterable[StaticOp], env: dict[int, Any], phase: str) -> None:
         for static in operations:
             op = self.flat.operations[static.index]

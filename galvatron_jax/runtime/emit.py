@@ -6,7 +6,7 @@ Nothing is decided here: conversions and applications come from the plan, one by
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jax import lax
 
 from galvatron_jax.partition.instructions import Apply, Convert, Instruction, Loop, Version
 from galvatron_jax.partition.layers import LocalPlan
-from galvatron_jax.partition.layout import Step, StepKind
+from galvatron_jax.partition.layout import NOWHERE, Step, StepKind
 from galvatron_jax.partition.liveness import needed
 from galvatron_jax.runtime.binders import LocalBind, bind_local
 from galvatron_jax.trace.flat import FlatProgram
@@ -61,6 +61,16 @@ STAND_INS = Collectives(
     combine=lambda x, names, how: x,
 )
 """The local work of a program without its communication: what the profiler times."""
+
+
+def _summands(via: Collectives) -> Collectives:
+    """The same with gathers that leave zeros for what other devices have: the whole array is the sum over all."""
+
+    def amid_zeros(x: Any, names: tuple[str, ...], size: int, dim: int) -> Any:
+        whole = jnp.zeros((*x.shape[:dim], x.shape[dim] * size, *x.shape[dim + 1 :]), x.dtype)
+        return lax.dynamic_update_slice_in_dim(whole, x, via.index(names) * x.shape[dim], axis=dim)
+
+    return replace(via, all_gather=amid_zeros)
 
 
 def run_steps(x: Any, steps: Sequence[Step], shape: tuple[int, ...], *, via: Collectives = REAL, lead: int = 0) -> Any:
@@ -235,6 +245,13 @@ class LayerProgram:
             if place >= 0:
                 local[program.dim_of[value][place]] //= self.local.axes.axes[axis].size
         return tuple(local)
+
+    def summand(self, port: int, x: Any) -> Any:
+        """An input port's gradient, as backward makes it, as this device's summand of the whole."""
+        how, value = self.local.summands[port], self.local.static.kind.inputs[port].value
+        shape = self.shape(value, (NOWHERE,) * len(self.local.axes.axes))
+        whole = run_steps(x, how.steps, shape, via=_summands(self.via))
+        return jnp.where(self.via.index(how.repeated) == 0, whole, jnp.zeros_like(whole)) if how.repeated else whole
 
     def backward(self, inputs: Sequence[Any], residuals: Sequence[Any], cotangents: Mapping[int, Any]) -> list[Any]:
         """From inputs, residuals and the output ports' cotangents to gradients, in order of the input ports."""

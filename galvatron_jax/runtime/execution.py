@@ -348,6 +348,8 @@ class Executor:
         for reference, y in zip(references, arrays, strict=True):
             if not reference.startswith("value:"):
                 continue
+            if run.local.static.kind.inputs[port].summands and not (way.way is Way.CARRY and run.length > 1):
+                y = self.program(run).summand(port, y)
             y = self.move(y, self.layouts.shapes[reference], source, self.layouts.specs[reference])
             cotangents[reference] = cotangents[reference] + y if reference in cotangents else y
 
@@ -365,7 +367,7 @@ class Executor:
         seeded = self._seeded(run)
         layers = Layers.of({p: tape.inputs[p] for p, way in enumerate(ways) if way.way is not Way.SHARED}, run.length)
         extras = {q: x for q in seeded if (x := self._stacked_seeds(run, q, cotangents, q in feeds)) is not None}
-        program = self.program(run)
+        program, kind = self.program(run), run.local.static.kind
 
         def body(carry: tuple[dict, list, Any], xs: tuple[Any, list, dict, Any]) -> tuple[tuple, list]:
             back, sums, changed = carry
@@ -378,7 +380,9 @@ class Executor:
                 seeds[q] = seeds[q] + x if q in seeds else x
             fenced = self._fenced(number, Tape(inputs, [self._between_loops(x) for x in residuals]), seeds)
             grads = dict(zip(ports, program.backward(fenced.inputs, fenced.residuals, seeds), strict=True))
-            back = {ways[p].output: grads[p] for p in carried}
+            back = {
+                ways[p].output: program.summand(p, grads[p]) if kind.inputs[p].summands else grads[p] for p in carried
+            }
             sums = [a + grads[p] for a, p in zip(sums, shared, strict=True)]
             for p in added:
                 changed = totals.with_row(changed, number, p, layer, grads[p])

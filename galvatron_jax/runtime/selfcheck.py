@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from galvatron_jax import _compat
 from galvatron_jax.partition.layers import LocalPlan, plan_local
-from galvatron_jax.partition.layout import NOWHERE, Frame, Layout, convert
+from galvatron_jax.partition.layout import NOWHERE, PENDING, Frame, Layout, convert
 from galvatron_jax.runtime.emit import Evaluator, LayerProgram, run_steps
 from galvatron_jax.spec.strategy import LayerStrategy
 from galvatron_jax.trace.flat import FlatProgram
@@ -125,7 +125,7 @@ def _errors(
             for residual in local.residuals:
                 x = _shard(local, program, residual.value, values[residual.value], residual.layout, residual.lazy)
                 evaluator.env[residual.value, residual.backward_version] = x
-            for port, layout in zip(kind.outputs, local.outputs, strict=True):
+            for port, layout in zip(kind.outputs, local.cotangents, strict=True):
                 if port.cotangent is not None:
                     evaluator.env[port.cotangent, 0] = _shard(
                         local, program, port.cotangent, values[port.cotangent], layout
@@ -144,15 +144,18 @@ def _frame(local: LocalPlan, value: int, lazy: frozenset[int] = frozenset()) -> 
 def _shard(
     local: LocalPlan, program: LayerProgram, value: int, x: Any, layout: Layout, lazy: frozenset[int] = frozenset()
 ) -> Any:
-    """This device's shard of a whole value."""
+    """This device's shard of a whole value; where it is pending, the first device's summand is all of it."""
     for dim in sorted(lazy):
         x = lax.slice_in_dim(x, 0, 1, axis=dim)
     axes = local.axes.axes
-    steps = convert(axes, _frame(local, value, lazy), (NOWHERE,) * len(axes), layout)
+    pending = tuple(name for axis, place in zip(axes, layout, strict=True) if place == PENDING for name in axis.names)
+    placed = tuple(NOWHERE if place == PENDING else place for place in layout)
+    steps = convert(axes, _frame(local, value, lazy), (NOWHERE,) * len(axes), placed)
     shape = list(program.shape(value, layout))
     for dim in lazy:
         shape[dim] = 1
-    return run_steps(x, steps, tuple(shape))
+    shard = run_steps(x, steps, tuple(shape))
+    return jnp.where(lax.axis_index(pending) == 0, shard, jnp.zeros_like(shard)) if pending else shard
 
 
 def _whole(local: LocalPlan, value: int, x: Any, layout: Layout, shape: tuple[int, ...]) -> Any:

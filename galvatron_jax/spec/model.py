@@ -35,6 +35,8 @@ class InputPort(Record):
     """Value in `LayerKind.program`."""
     gradient: int | None = None
     """Value of its gradient in the program; None where no gradient flows."""
+    summands: bool = False
+    """Whether the gradient is handed back as summands, one a device: see `OutputPort.summands`."""
 
 
 class OutputPort(Record):
@@ -45,6 +47,9 @@ class OutputPort(Record):
     value: int
     cotangent: int | None = None
     """Value of its cotangent, an input of the program; None where no gradient flows."""
+    summands: bool = False
+    """Whether the cotangent arrives as summands, one a device, for this layer to sum up: of values without a batch that
+    several layers read, such as relative positions."""
 
 
 class LayerKind(Record):

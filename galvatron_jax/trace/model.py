@@ -19,6 +19,7 @@ from galvatron_jax.trace import roles, slicing
 from galvatron_jax.trace.factors import FactorAnalysis
 from galvatron_jax.trace.flat import Aval
 from galvatron_jax.trace.functional import Functional, functional, named_leaves
+from galvatron_jax.trace.summands import mark_summands
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ class _Builder:
         state = tuple(
             Variable(path=p, shape=tuple(s.shape), dtype=str(s.dtype)) for p, s in self.model_fn.state.items()
         )
+        kinds = mark_summands(kinds, layers)
         notes = tuple(f"{kind.name}: {note}" for kind in kinds for note in kind.notes) + self._notes()
         fingerprint = kinds_.digest(
             *(kind.fingerprint for kind in kinds),

@@ -12,6 +12,7 @@ from . import (
     nnx_scan_gpt,
     plain_mlp,
     recurrent,
+    refined_bias,
     remat_gpt,
     unet,
     zoo,
@@ -33,5 +34,6 @@ _CASES = [
     remat_gpt.tiny(),
     recurrent.tiny(dense=False),
     recurrent.tiny(dense=True),
+    refined_bias.tiny(),
 ]
 MODELS: dict[str, ModelCase] = {case.name: case for case in _CASES}

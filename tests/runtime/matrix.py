@@ -85,6 +85,7 @@ PLANS: dict[str, tuple[str, ...]] = {
     "recurrent_dense": ("tp4-zero3", "zeros", "remats"),
     "recurrent_diagonal": ("tp4-zero3", "megatron-ulysses-dp", "zero3-full"),
     "remat_gpt": ("tp4-zero3", "megatron-ulysses-dp", "remats"),
+    "refined_bias": ("dp8", "tp2-everywhere", "megatron-ulysses-dp", "remats", "zeros"),
 }
 """Per model, at least three unlike cycles."""
 
@@ -100,6 +101,7 @@ SAMPLE = {
     ("bert", "tp4-zero3", 4), ("t5", "megatron-ulysses-dp", 1), ("mamba", "tp4-zero3", 1),
     ("batchnorm_net", "zeros", 4), ("linen_vit", "zeros", 1), ("nnx_scan_gpt", "tp4-zero3", 1),
     ("moe", "remats", 1), ("gpt2_large_vocabulary", "zero3-ulysses", 1), ("gpt2_large_vocabulary", "zero2-tp2", 4),
+    ("refined_bias", "tp2-everywhere", 1),
 }  # fmt: skip
 """What runs without `slow`."""
 
