@@ -48,7 +48,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-"""Family, preset and what is changed of it: all layers are there, for what does not grow with them weighs more in few."""
+"""Family, preset and what is changed of it; all layers are there, since what they share weighs more among few."""
 
 DTYPES = {
     "bf16": {"dtype": "bfloat16", "param_dtype": "bfloat16"},
