@@ -70,17 +70,19 @@ def attend_grouped(query: Array, key: Array, value: Array, *, scale: float, mask
         key: ``Float[batch, keys, kv_heads, head_dim]``.
         value: ``Float[batch, keys, kv_heads, head_dim]``.
         scale: multiplies the scores.
-        mask: Boolean, broadcastable to ``[batch, kv_heads, group, queries, keys]``.
+        mask: Boolean, ``[queries, keys]``.
 
     Returns:
         ``Float[batch, queries, heads, head_dim]``.
     """
+    # Scores stand as the product makes them, query heads next to their keys: XLA's GPU compiler would else turn them
+    # round, an array of the size of all scores each time.
     batch, queries, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     query = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("bqngd,bknd->bngqk", query * scale, key)
-    weights = softmax_float32(scores, mask=mask)
-    return jnp.einsum("bngqk,bknd->bqngd", weights, value).reshape(batch, queries, heads, head_dim)
+    scores = jnp.einsum("bqngd,bknd->bnqgk", query * scale, key)
+    weights = softmax_float32(scores, mask=None if mask is None else mask[:, None, :])
+    return jnp.einsum("bnqgk,bknd->bqngd", weights, value).reshape(batch, queries, heads, head_dim)
 
 
 def rotary_table(length: int, head_dim: int, *, theta: float) -> tuple[Array, Array]:
