@@ -29,6 +29,8 @@ class Role(StrEnum):
     SEQUENCE = "sp"
     STORAGE = "zero"
     """ZeRO's view of the data axes: parameters are stored sharded over it and gathered before use."""
+    IDLE = "idle"
+    """Nothing: all devices do the same. Known only to layers at whose ports gradients pass as summands."""
 
 
 @dataclass(frozen=True)

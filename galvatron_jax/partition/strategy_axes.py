@@ -73,6 +73,11 @@ def plan_axes(static: StaticKind, strategy: LayerStrategy, mesh: Mapping[str, in
     for index, axis in [(i, a) for i, a in enumerate(axes) if a.role in (Role.DATA, Role.SEQUENCE)]:
         axes.append(Axis(Role.STORAGE, axis.names, axis.size, axis.rank, mirror=index))
         allowed.append(frozenset())
+    if any(port.summands for port in (*static.kind.inputs, *static.kind.outputs)):
+        used = {name for axis in axes for name in axis.names}
+        for name in [name for name, size in mesh.items() if size > 1 and name not in used]:
+            axes.append(_axis(Role.IDLE, (name,), mesh))
+            allowed.append(frozenset())
     return AxisPlan(tuple(axes), tuple(allowed))
 
 

@@ -17,6 +17,8 @@ STRATEGIES = {
     "zero3-tp": plain(dp="ab", tp="c", zero=3, remat="full"),
     "megatron": megatron("bc", dp="a"),
     "ulysses": ulysses("bc", dp="a", zero=2),
+    "idle": plain(dp="b"),
+    "nothing": plain(),
 }
 
 

@@ -55,6 +55,7 @@ CYCLES: dict[str, tuple[LayerStrategy, ...]] = {
     "zero2-tp2": (plain(dp="ab", tp="c", zero=2),),
     "zero3-ulysses": (ulysses("bc", dp="a", zero=3, remat="full"), megatron("bc", dp="a", zero=3)),
     "zero3-full": (plain(dp="abc", zero=3, remat="full"),),
+    "idle": (plain(dp="a"), plain(dp="bc"), plain(dp="c", tp="b"), plain(dp="ab")),
 }
 """Strategies that the layers of a model take in turn, over a mesh of three axes of two devices."""
 
@@ -69,7 +70,7 @@ PLANS: dict[str, tuple[str, ...]] = {
     "vit": ("tp4-zero3", "megatron-ulysses-dp", "remats"),
     "vit_mean": ("zeros", "tp4-zero3", "ulysses-with-tp"),
     "swin": ("tp4-zero3", "zeros", "megatron-ulysses-dp", "remats"),
-    "t5": ("tp4-zero3", "megatron-ulysses-dp", "zeros", "remats", "dp8"),
+    "t5": ("tp4-zero3", "megatron-ulysses-dp", "zeros", "remats", "dp8", "idle"),
     "t5_gated_untied": ("ulysses-with-tp", "tp8", "zero3-full"),
     "moe": ("tp4-zero3", "zeros", "megatron-ulysses-dp", "remats"),
     "mamba": ("tp4-zero3", "zeros", "remats"),
@@ -85,7 +86,7 @@ PLANS: dict[str, tuple[str, ...]] = {
     "recurrent_dense": ("tp4-zero3", "zeros", "remats"),
     "recurrent_diagonal": ("tp4-zero3", "megatron-ulysses-dp", "zero3-full"),
     "remat_gpt": ("tp4-zero3", "megatron-ulysses-dp", "remats"),
-    "refined_bias": ("dp8", "tp2-everywhere", "megatron-ulysses-dp", "remats", "zeros"),
+    "refined_bias": ("dp8", "tp2-everywhere", "megatron-ulysses-dp", "remats", "zeros", "idle"),
 }
 """Per model, at least three unlike cycles."""
 
