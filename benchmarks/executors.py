@@ -98,6 +98,7 @@ PAIRS = (
     Pair("llama", _plan("a", "bc")),
     Pair("llama", _plan("", "abc")),
     Pair("llama", _plan("a", "bc", megatron=True)),
+    Pair("llama", _plan("a", "bc", megatron=True, remat="gathers")),
     Pair("llama", _plan("a", "bc", megatron=True, remat="full"), 2),
     Pair("llama", _plan("a", "bc", megatron=True, zero=3)),
     Pair("llama", _plan("a", ulysses="bc")),

@@ -24,6 +24,9 @@ class Remat(StrEnum):
 
     NONE = "none"
     """Keep all: backward repeats no computation and no communication."""
+    GATHERS = "gathers"
+    """Keep all, each value in its smallest layout: backward repeats communication, as Megatron-LM does for sequence
+    parallelism (Korthikanti et al., 2022, section 4.2.2)."""
     ATTENTION = "attention"
     """Recompute what is quadratic in the sequence (attention scores and weights); keep the rest."""
     DOTS = "dots"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from galvatron_jax.partition import distinct_remats, layers
@@ -9,8 +11,9 @@ from galvatron_jax.partition.layers import plan_layer, plan_local
 from galvatron_jax.partition.remat import plainest
 from galvatron_jax.partition.static import prepare_kind
 from galvatron_jax.spec.model import LayerKind
+from galvatron_jax.spec.profile import CollectiveKind
 from galvatron_jax.spec.strategy import LayerStrategy, Remat, SequenceParallel
-from tests.runtime.matrix import MICROBATCH, traced
+from tests.runtime.matrix import MICROBATCH, megatron, traced
 
 MESH = {"a": 2, "b": 2, "c": 2}
 EVERY = tuple(Remat)
@@ -21,9 +24,11 @@ def kinds(model: str) -> dict[str, LayerKind]:
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
-def test_embeddings_have_one_policy_and_other_layers_all(model: str) -> None:
+def test_embeddings_have_one_policy_and_blocks_all(model: str) -> None:
     found = {name: distinct_remats(kind, EVERY) for name, kind in kinds(model).items()}
     assert found.pop("embedding") == (Remat.NONE,)
+    # Without attention, to recompute that is to recompute nothing.
+    assert found.pop("head") == (Remat.NONE, Remat.GATHERS, Remat.DOTS, Remat.FULL)
     assert set(found.values()) == {EVERY}
 
 
@@ -76,3 +81,21 @@ def test_indices_made_of_the_batch_are_not_kept(model: str) -> None:
         kept = [kind.program.values[residual.value] for residual in local.residuals]
         assert not [value for value in kept if value.dtype == "int32"]
         assert kept or kind.name == "embedding"
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_gathers_keeps_shards_of_sequences_where_none_keeps_them_whole_and_repeats_nothing_else(model: str) -> None:
+    kind = next(kind for name, kind in kinds(model).items() if name not in ("embedding", "head"))
+    none, gathers = (
+        plan_layer(
+            kind, megatron("bc", dp="a", remat=remat), mesh=MESH, microbatch=MICROBATCH, model_microbatch=MICROBATCH
+        )
+        for remat in (Remat.NONE, Remat.GATHERS)
+    )
+    assert gathers.residual_bytes < none.residual_bytes
+    assert gathers.forward.collectives == none.forward.collectives
+    assert gathers.backward.flops == none.backward.flops
+    assert gathers.backward.operations == none.backward.operations
+    more = Counter(gathers.backward.collectives) - Counter(none.backward.collectives)
+    assert {(one.kind, one.axes) for one in more} == {(CollectiveKind.ALL_GATHER, ("c", "b"))}
+    assert not Counter(none.backward.collectives) - Counter(gathers.backward.collectives)

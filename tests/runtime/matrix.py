@@ -55,6 +55,7 @@ CYCLES: dict[str, tuple[LayerStrategy, ...]] = {
     "zero2-tp2": (plain(dp="ab", tp="c", zero=2),),
     "zero3-ulysses": (ulysses("bc", dp="a", zero=3, remat="full"), megatron("bc", dp="a", zero=3)),
     "zero3-full": (plain(dp="abc", zero=3, remat="full"),),
+    "gathers": (megatron("bc", dp="a", remat="gathers"), ulysses("bc", dp="a", zero=3, remat="gathers")),
     "idle": (plain(dp="a"), plain(dp="bc"), plain(dp="c", tp="b"), plain(dp="ab")),
 }
 """Strategies that the layers of a model take in turn, over a mesh of three axes of two devices."""
@@ -62,8 +63,8 @@ CYCLES: dict[str, tuple[LayerStrategy, ...]] = {
 PLANS: dict[str, tuple[str, ...]] = {
     "gpt2": ("tp4-zero3", "megatron-ulysses-dp", "zeros", "remats", "ulysses-with-tp", "dp8"),
     "gpt2_large_vocabulary": ("zero3", "zero2-tp2", "zero3-ulysses", "zero3-full"),
-    "gpt2_tied_dropout": ("tp4-zero3", "megatron-ulysses-dp", "zeros", "remats"),
-    "llama": ("megatron-ulysses-dp", "zeros", "tp4-zero3", "remats", "zero3-full"),
+    "gpt2_tied_dropout": ("tp4-zero3", "megatron-ulysses-dp", "zeros", "remats", "gathers"),
+    "llama": ("megatron-ulysses-dp", "zeros", "tp4-zero3", "remats", "zero3-full", "gathers"),
     "llama_tp_over_kv": ("tp8", "tp4-zero3", "megatron-ulysses-dp", "ulysses-with-tp"),
     "bert": ("tp4-zero3", "megatron-ulysses-dp", "zeros", "tp8"),
     "bert_dropout": ("ulysses-with-tp", "remats", "zeros"),
@@ -102,7 +103,7 @@ SAMPLE = {
     ("bert", "tp4-zero3", 4), ("t5", "megatron-ulysses-dp", 1), ("mamba", "tp4-zero3", 1),
     ("batchnorm_net", "zeros", 4), ("linen_vit", "zeros", 1), ("nnx_scan_gpt", "tp4-zero3", 1),
     ("moe", "remats", 1), ("gpt2_large_vocabulary", "zero3-ulysses", 1), ("gpt2_large_vocabulary", "zero2-tp2", 4),
-    ("refined_bias", "tp2-everywhere", 1),
+    ("refined_bias", "tp2-everywhere", 1), ("llama", "gathers", 1), ("t5", "idle", 1),
 }  # fmt: skip
 """What runs without `slow`."""
 

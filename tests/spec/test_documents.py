@@ -216,7 +216,7 @@ def test_every_fault_of_a_document_is_named_at_once():
         "  global_batch: found '64'; expected a valid integer",
         "  stages[0].groups[1].strategy.dp: found 'a'; expected a valid array",
         "  stages[0].groups[1].strategy.zero: found 5; expected less than or equal to 3",
-        "  stages[0].groups[1].strategy.remat: found 'ful'; expected 'none', 'attention', 'dots' or 'full'."
+        "  stages[0].groups[1].strategy.remat: found 'ful'; expected 'none', 'gathers', 'attention', 'dots' or 'full'."
         " Did you mean 'full'?",
         "  stages[0].groups[1].strategy.tpp: unknown key. Did you mean 'tp'?",
         "  schedul: unknown key. Did you mean 'schedule'?",
