@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import lsq_linear
+import scipy
 
 from galvatron_jax.errors import InputError
 from galvatron_jax.spec.cluster import ClusterSpec, Link
@@ -60,7 +60,7 @@ def fit_factors(runs: Sequence[Run]) -> Factors:
     common = float(np.clip(np.median(1 / relative.sum(axis=1)), *_BOUNDS))
     rows = np.vstack([relative, _PRIOR * np.eye(3)])
     wanted = np.concatenate([np.ones(len(runs)), np.full(3, _PRIOR * common)])
-    found = lsq_linear(rows, wanted, bounds=_BOUNDS).x
+    found = scipy.optimize.lsq_linear(rows, wanted, bounds=_BOUNDS).x
     return Factors(
         compute=float(found[0]),
         communication=float(found[1]),

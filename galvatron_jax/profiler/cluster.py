@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from scipy.optimize import nnls
+import scipy
 
 from galvatron_jax.profiler.bench import Bench
 from galvatron_jax.profiler.cache import TimingCache, default_cache_dir, environment
@@ -103,7 +103,9 @@ def fit_link(timings: Sequence[CollectiveTiming], *, level: str) -> Link | None:
     steps = np.array([1.0 + 2.0 * (t.axis_size - 1) for t in chosen])
     moved = np.array([2.0 * (t.axis_size - 1) / t.axis_size * t.bytes for t in chosen])
     scale = np.array([steps.max(), moved.max()])
-    (latency, per_byte), _ = nnls(np.stack([steps, moved], axis=1) / scale / seconds[:, None], np.ones(len(chosen)))
+    (latency, per_byte), _ = scipy.optimize.nnls(
+        np.stack([steps, moved], axis=1) / scale / seconds[:, None], np.ones(len(chosen))
+    )
     largest = int(moved.argmax())
     # Where size makes no difference the fit sees no bandwidth; the largest message bounds it from below.
     per_byte = per_byte / scale[1] or seconds[largest] / moved[largest]

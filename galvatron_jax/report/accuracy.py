@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import scipy
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -68,9 +69,7 @@ def accuracy(recorded: Sequence[Recorded]) -> Accuracy | None:
 
 def _rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     """Spearman's."""
-    from scipy.stats import spearmanr  # Takes as long to import as JAX, and every command imports this file.
-
-    return float(spearmanr(one, other).statistic)
+    return float(scipy.stats.spearmanr(one, other).statistic)
 
 
 def accuracy_table(recorded: Sequence[Recorded]) -> Group:

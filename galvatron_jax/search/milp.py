@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+import scipy
 
 from galvatron_jax.search.chain import Chain, Options, Solution
 from galvatron_jax.search.chain import evaluate as evaluate_chain
@@ -195,12 +194,14 @@ class _Program:
         sizes = [len(row.variables) for row, _, _ in self.rows]
         entries = _joined(row for row, _, _ in self.rows)
         index = np.repeat(np.arange(len(sizes)), sizes)
-        matrix = csr_array((entries.weights, (index, entries.variables)), shape=(len(sizes), self.count))
-        found = milp(
+        matrix = scipy.sparse.csr_array((entries.weights, (index, entries.variables)), shape=(len(sizes), self.count))
+        found = scipy.optimize.milp(
             np.concatenate(self.cost),
             integrality=np.concatenate(self.whole),
-            bounds=Bounds(0.0, np.concatenate(self.upper)),
-            constraints=LinearConstraint(matrix, [low for _, low, _ in self.rows], [high for _, _, high in self.rows]),
+            bounds=scipy.optimize.Bounds(0.0, np.concatenate(self.upper)),
+            constraints=scipy.optimize.LinearConstraint(
+                matrix, [low for _, low, _ in self.rows], [high for _, _, high in self.rows]
+            ),
             options={"time_limit": time_limit_s, "mip_rel_gap": gap},
         )
         if found.status == _INFEASIBLE:

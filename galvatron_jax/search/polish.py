@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.optimize import linprog
+import scipy
 
 from galvatron_jax.cost.schedules import makespan
 from galvatron_jax.search.chain import evaluate as evaluate_chain
@@ -130,7 +130,9 @@ def stage_weights(problem: Pipeline, stages: Sequence[StageChoices]) -> np.ndarr
             rows[first : first + ticks + 1, column] = [*tick, total.once_s]
             whole[place, column] = 1.0
             column += 1
-    solved = linprog(objective, A_ub=rows, b_ub=np.zeros(len(rows)), A_eq=whole, b_eq=np.ones(len(stages)))
+    solved = scipy.optimize.linprog(
+        objective, A_ub=rows, b_ub=np.zeros(len(rows)), A_eq=whole, b_eq=np.ones(len(stages))
+    )
     if solved.status != 0:
         return np.tile([problem.num_microbatches, problem.num_microbatches, 1.0], (len(stages), 1)) / len(stages)
     price = np.maximum(-solved.ineqlin.marginals.reshape(len(stages), ticks + 1), 0.0)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.optimize import linprog
-from scipy.sparse import csr_array
+import scipy
 
 from galvatron_jax.cost.compute import Roofline
 from galvatron_jax.cost.model import CostModel
@@ -145,7 +144,7 @@ def _least_sum(count: np.ndarray, seconds: np.ndarray, groups: int) -> float:
     ticks, stages = seconds.shape
     tick, stage = np.nonzero(seconds)
     place, row = np.unique(tick * groups + stage % groups, return_inverse=True)
-    rows = csr_array(
+    rows = scipy.sparse.csr_array(
         (
             np.concatenate([-np.ones(len(place)), seconds[tick, stage]]),
             (np.concatenate([np.arange(len(place)), row]), np.concatenate([place // groups, ticks + stage])),
@@ -154,5 +153,5 @@ def _least_sum(count: np.ndarray, seconds: np.ndarray, groups: int) -> float:
     )
     whole = np.concatenate([np.zeros(ticks), np.ones(stages)])[None]
     objective = np.concatenate([count, np.zeros(stages)])
-    found = linprog(objective, A_ub=rows, b_ub=np.zeros(len(place)), A_eq=whole, b_eq=np.ones(1))
+    found = scipy.optimize.linprog(objective, A_ub=rows, b_ub=np.zeros(len(place)), A_eq=whole, b_eq=np.ones(1))
     return float(found.fun) if found.status == 0 else 0.0
