@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galvatron_jax.cost.calibration import calibrated_cluster, calibrated_profile, fit_factors
@@ -45,6 +45,7 @@ def run(step_s: float, *, compute: float, communication: float, update: float, b
     )
 
 
+@settings(deadline=None)
 @given(factor=st.floats(0.1, 10), compute=st.floats(0.01, 1), communication=st.floats(0, 1), update=st.floats(0, 1))
 def test_one_run_scales_all_parts_alike(factor, compute, communication, update):
     total = compute + communication + update
