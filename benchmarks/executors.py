@@ -118,6 +118,17 @@ PAIRS = (
     Pair("moe", _plan("a", "bc", zero=1)),
 )
 
+BETTER = {
+    Pair("gpt2", _plan("abc", zero=1), 2): Pair("gpt2", _plan("abc", zero=2), 2),
+    Pair("llama", _plan("a", "bc", megatron=True)): Pair("llama", _plan("a", "bc", megatron=True, remat="gathers")),
+    Pair("llama", _plan("abc"), dtype="mixed"): Pair("llama", _plan("abc"), dtype="mixed", sums="bfloat16"),
+    Pair("llama", _plan("abc", zero=3, remat="full"), 2, dtype="mixed"): Pair(
+        "llama", _plan("abc", zero=3, remat="full"), 2, dtype="mixed", sums="bfloat16"
+    ),
+    Pair("t5", _plan("ab", "c", zero=1)): Pair("t5", _plan("ab", "c", zero=2)),
+}
+"""Where XLA's partitioner does something else than the plan says, the plan that says so (reasons in the README)."""
+
 
 @functools.lru_cache(maxsize=2)
 def traced(model: str, dtype: str) -> Traced:
@@ -188,14 +199,21 @@ def measure(full: bool, only: str | None = None) -> Outcome:
         results.append(row)
         shown = "  ".join(f"{key.split('_')[0]} {value:5.3f}" for key, value in row["local_over_annotate"].items())
         print(f"{pair.name:56} {shown}", flush=True)
-    claims = []
+    return Outcome(results, claims(results))
+
+
+def claims(results: list[dict[str, Any]]) -> list[Claim]:
+    """The median of all pairs, and the worst of those that compare like with like."""
+    unlike = {pair.name for pair in BETTER}
+    found = []
     for key, what in COMPARED.items():
         ratios = [row["local_over_annotate"][key] for row in results]
-        claims.append(
-            Claim(f"{what}, local / annotate, median of {len(ratios)} pairs", statistics.median(ratios), LIMIT)
-        )
-        claims.append(Claim(f"{what}, local / annotate, worst of {len(ratios)} pairs", max(ratios), LIMIT))
-    return Outcome(results, claims)
+        alike = [row["local_over_annotate"][key] for row in results if row["pair"] not in unlike]
+        found += [
+            Claim(f"{what}, local / annotate, median of {len(ratios)} pairs", statistics.median(ratios), LIMIT),
+            Claim(f"{what}, local / annotate, worst of {len(alike)} pairs alike", max(alike, default=0.0), LIMIT),
+        ]
+    return found
 
 
 if __name__ == "__main__":
