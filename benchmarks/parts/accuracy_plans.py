@@ -53,6 +53,7 @@ def _single(model: ModelSpec) -> Iterator[tuple[str, Plan]]:
         yield f"tp x{count}", _one(model, LayerStrategy(tp=_BOTH), count)
         yield f"megatron x{count}", _one(model, LayerStrategy(**_SP["megatron"]), count)
     yield "tp x1 full", _one(model, LayerStrategy(tp=_BOTH, remat=Remat.FULL), 1)
+    yield "megatron x1 gathers", _one(model, LayerStrategy(**_SP["megatron"], remat=Remat.GATHERS), 1)
     for count in (1, 4):
         yield f"ulysses x{count}", _one(model, LayerStrategy(**_SP["ulysses"]), count)
     yield "ulysses zero3 x1", _one(model, LayerStrategy(**_SP["ulysses"], zero=3), 1)

@@ -56,6 +56,7 @@ def test_one_run_scales_all_parts_alike(factor, compute, communication, update):
     assert found.error_before == pytest.approx(abs(1 / factor - 1), rel=1e-6)
 
 
+@settings(deadline=None)
 @given(slower=st.floats(0.5, 3), wider=st.floats(0.5, 3))
 def test_unlike_runs_tell_computation_from_communication(slower, wider):
     parts = [(1.0, 0.02), (0.8, 0.4), (0.3, 1.0)]
