@@ -66,5 +66,5 @@ def test_a_loop_does_not_hold_what_the_next_one_is_to_add_to(monkeypatch: pytest
     found = memory(t5, t5.T5, T5, strategy).peak_memory_in_bytes
     monkeypatch.setattr(Executor, "_zero_after", lambda self, waits: jnp.zeros(()))
     early = memory(t5, t5.T5, T5, strategy).peak_memory_in_bytes
-    # As much as the gradient of the encoder's relative positions.
-    assert early - found > HEADS * T5.encoder_length**2 * 4
+    # As much as the gradient of the encoder's relative positions, of the heads that a device has.
+    assert early - found > 0.99 * (HEADS // 2) * T5.encoder_length**2 * 4
