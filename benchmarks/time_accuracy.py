@@ -2,7 +2,8 @@
 
 Profiles the hosts and a model's layers on each link, searches, and measures the plan found beside 35 others: data
 parallelism with every ZeRO stage, tensor and both kinds of sequence parallelism, pipelines of every schedule, remat,
-and many micro-batches. It takes long, and can be interrupted: what was measured stays in `--folder`, and the next run
+and many micro-batches. A step's figure is the least of its repeats, as delays only add to it; the record has the median
+and the most too. It takes long, and can be interrupted: what was measured stays in `--folder`, and the next run
 goes on there. `--seconds` ends a run before it would itself. `--quick` takes one model, two links and a dozen plans.
 """
 
@@ -20,7 +21,7 @@ from parts.accuracy_record import SEARCHED, Bench, summary
 from testbed import Testbed
 
 ERROR, RANKS, SLOWER = 0.08, 0.05, 0.03
-STEPS, FULL_STEPS = 5, 15
+STEPS, FULL_STEPS = 11, 21
 FOLDER = Path.home() / ".cache" / "galvatron_jax" / "time_accuracy"
 
 

@@ -125,6 +125,8 @@ def layer_costs(costs: CostModel, wiring: LayerWiring, phases: PhaseCosts, batch
     held = np.array([costs.held_seconds(wiring, each, batching) for each in phases.ports])[phases.ports_of]
     seconds = phases.compute_s + (phases.communication_s + held)
     parameters = [costs.parameter_cost(wiring, each) for each in phases.parameters]
+    if costs.adds_up(batching):
+        seconds[:, 1] += np.array([each.accumulation_s for each in parameters])[phases.parameters_of]
     late = scatters_late(wiring, staged=costs.staged, accumulates=batching.num_microbatches > 1)
     return LayerCosts(
         forward_s=seconds[:, 0],

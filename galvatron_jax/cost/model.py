@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -28,6 +28,8 @@ from galvatron_jax.spec.plan import MeshAxis
 from galvatron_jax.spec.profile import Profile
 from galvatron_jax.spec.strategy import LayerStrategy
 
+CPU = "cpu"
+"""Kind of the devices of a host."""
 _STEP_NUMBER_BYTES = 4
 """An int32."""
 
@@ -115,6 +117,8 @@ class ParameterCost:
     synchronisation_s: float
     """Per step."""
     update_s: float
+    accumulation_s: float
+    """Per micro-batch, where gradients of several are added up."""
     memory: LayerMemory
     """Without residuals and workspace."""
 
@@ -140,6 +144,9 @@ class CostModel:
     provenance: str
     staged: bool = False
     """Whether layers are put into pipeline stages."""
+    combines: bool = True
+    """Whether XLA puts collectives together that wait for nothing else. Its compiler for CPUs does not, or runs one
+    after the other what it put together."""
     _seconds: dict[tuple, float] = field(default_factory=dict, repr=False, compare=False)
     """Of collectives priced so far."""
     _parameters: dict[tuple, tuple[tuple[ParameterPlan, ...], ParameterCost]] = field(
@@ -187,6 +194,7 @@ class CostModel:
             update_bytes_per_s=bandwidth or cluster.device.memory_bandwidth_bytes_per_s,
             provenance=str(profile.provenance) if profile is not None else "derived",
             staged=bool(pipeline_axes),
+            combines=cluster.device.name != CPU,
         )
 
     def plan(self, layer: int, strategy: LayerStrategy, batching: Batching) -> LayerPlan:
@@ -203,9 +211,10 @@ class CostModel:
         state = self.parameter_cost(wiring, plan.parameters)
         accumulates = batching.num_microbatches > 1
         residual, workspace = passing_bytes(plan, wiring=wiring, staged=self.staged, accumulates=accumulates)
+        backward_s = compute.backward_s + (state.accumulation_s if self.adds_up(batching) else 0.0)
         return LayerCost(
             forward=PhaseCost(compute.forward_s, self._exposed(plan.forward.collectives, compute.forward_s) + there),
-            backward=PhaseCost(compute.backward_s, self._exposed(plan.backward.collectives, compute.backward_s) + back),
+            backward=PhaseCost(backward_s, self._exposed(plan.backward.collectives, compute.backward_s) + back),
             synchronisation_s=state.synchronisation_s,
             update_s=state.update_s,
             memory=replace(
@@ -219,17 +228,37 @@ class CostModel:
         key = (id(parameters), wiring.kind, wiring.owned, wiring.looped)
         if key not in self._parameters:
             kind, owned = self.model.kinds[wiring.kind], wiring.owned
-            publish = (c for parameter in parameters if parameter.port in owned for c in parameter.publish)
+            publish = [c for parameter in parameters if parameter.port in owned for c in parameter.publish]
+            sync = [c for parameter in parameters for c in parameter.sync]
             traffic = update_traffic_bytes(kind, parameters, owned=owned, optimizer=self.optimizer)
+            memory = parameter_memory(kind, parameters, wiring=wiring, optimizer=self.optimizer, staged=self.staged)
             found = ParameterCost(
-                self.seconds(fused(c for parameter in parameters for c in parameter.sync))
-                + self.seconds(fused(publish)),
+                self._together_seconds(sync, wiring) + self._together_seconds(publish, wiring),
                 traffic / self.update_bytes_per_s,
-                parameter_memory(kind, parameters, wiring=wiring, optimizer=self.optimizer, staged=self.staged),
+                self.copy_seconds(memory.gradient_bytes),
+                memory,
             )
             # The parameters are kept, so that no others come to have their identity.
             self._parameters[key] = parameters, found
         return self._parameters[key][1]
+
+    def adds_up(self, batching: Batching) -> bool:
+        """Whether gradients are added to those of earlier micro-batches, or to the zeros that a stage begins with."""
+        return self.staged or batching.num_microbatches > 1
+
+    def copy_seconds(self, size: float) -> float:
+        """Seconds to read bytes in a device's memory and to write as many."""
+        return 2 * size / self.cluster.device.memory_bandwidth_bytes_per_s
+
+    def _together_seconds(self, collectives: Sequence[Collective], wiring: LayerWiring) -> float:
+        """A layer's share of collectives that wait for nothing else.
+
+        Where XLA leaves them apart, like layers of a loop still have each parameter's in one.
+        """
+        if self.combines:
+            return self.seconds(fused(collectives))
+        count = sum(layer.kind == wiring.kind for layer in self.model.layers) if wiring.looped else 1
+        return self.seconds([replace(each, bytes=each.bytes * count) for each in collectives]) / count
 
     def transition_seconds(
         self, before: int, wiring: LayerWiring, source: Ports, target: Ports, *, microbatch: int

@@ -1,8 +1,9 @@
 """Seconds and bytes of pipeline stages, and the prediction of a plan that has several.
 
 Stages meet at cuts: what crosses one waits in the plan-wide layout, is sent on after each forward, and stays in the
-receiving stage until its backward. A step takes the makespan of the schedule's table, and then what the slowest group
-of devices does once a step: gradient synchronisation (parameters that stages share included) and update.
+receiving stage until its backward. What a stage stashes is copied into a slot and out of it again. A step takes the
+makespan of the schedule's table, and then what the slowest group of devices does once a step: gradient synchronisation
+(parameters that stages share included) and update.
 """
 
 from __future__ import annotations
@@ -257,6 +258,7 @@ class _Priced:
         backward = sum(layer.backward.seconds for layer in layers)
         for there, back in self._moves(start, stop):
             forward, backward = forward + there, backward + back
+        residual = sum(layer.memory.residual_bytes for layer in layers)
         recomputed, last = forward, stop == len(self.strategies)
         compute = sum(layer.compute_s for layer in layers)
         if not last:
@@ -265,11 +267,13 @@ class _Priced:
         backward += cuts[start].backward_s
         if pipelining.recomputes:
             backward += recomputed
-            compute += sum(layer.forward.compute_s for layer in layers)
+            compute += 0.0 if last else sum(layer.forward.compute_s for layer in layers)
             forward = 0.0 if last else forward
+        else:
+            stashed = self.costs.copy_seconds(residual)
+            forward, backward, compute = forward + stashed, backward + stashed, compute + 2 * stashed
         flying = pipelining.in_flight(self.batching.num_microbatches)[number]
         pooled = flying * cuts[start].bytes if start else 0
-        residual = sum(layer.memory.residual_bytes for layer in layers)
         made = sum(held.bytes for held in self.held if start <= held.producer < stop)
         again = residual if pipelining.recomputes else 0
         held = residuals_kept(flying, recomputes=pipelining.recomputes)

@@ -27,7 +27,7 @@ def measure_matmul(bench: Bench, *, dtype: str) -> float:
 
 def measure_memory(bench: Bench) -> float:
     """Bytes per second that one device reads and writes, together, when it scales an array larger than its caches."""
-    elements = _elements(bench)
+    elements = 4 * _elements(bench)
     bench.step("memory bandwidth")
     array = jax.ShapeDtypeStruct((elements,), jnp.float32)
     timing = bench.time({"what": "memory", "elements": elements}, lambda: (lambda x: x * 0.5, [array]))
@@ -39,7 +39,7 @@ def measure_update(bench: Bench) -> float:
 
     Each parameter, moment and gradient read counts, and each parameter and moment written: seven arrays.
     """
-    elements = _elements(bench) // 2
+    elements = _elements(bench)
     bench.step("optimizer update")
     array = jax.ShapeDtypeStruct((elements,), jnp.float32)
     timing = bench.time({"what": "adam update", "elements": elements}, lambda: (_adam, [array] * 4))
@@ -53,7 +53,8 @@ def _adam(parameter: jax.Array, gradient: jax.Array, mean: jax.Array, square: ja
 
 
 def _elements(bench: Bench) -> int:
-    return 1 << (22 if _on_cpu(bench) else 28)
+    """Of an array: several of these, or one four times as large, are more than caches hold."""
+    return 1 << (22 if _on_cpu(bench) else 27)
 
 
 def _on_cpu(bench: Bench) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -58,7 +58,8 @@ class PipelineBuilder:
         between = tuple([moves[pair] for pair in itertools.pairwise(slots)])
         fixed_bytes = fixed_stage_bytes(costs, batching, one_program=self._one_program)
         for variant in variants:
-            made = {slot: self._options(slot, table, variant, batching) for slot, table in tables.items()}
+            options = partial(self._options, variant=variant, batching=batching, stashes=not pipelining.recomputes)
+            made = {slot: options(slot, table) for slot, table in tables.items()}
             if any(not len(options) for options in made.values()):
                 continue
             yield Pipeline(
@@ -120,14 +121,21 @@ class PipelineBuilder:
     def _one_program(self) -> bool:
         return self.tables.space.applies(Rule.ONE_PROGRAM)
 
-    def _options(self, slot: Slot, table: Table, variant: dict[str, tuple], batching: Batching) -> StageOptions:
+    def _options(
+        self, slot: Slot, table: Table, variant: dict[str, tuple], batching: Batching, *, stashes: bool
+    ) -> StageOptions:
         index = np.flatnonzero(table.admitted(variant))
-        key = (slot, batching, id(table), index.tobytes())
+        key = (slot, batching, id(table), index.tobytes(), stashes)
         if key not in self._made:
             kept = table.take(index)
+            columns = {name: getattr(kept, name) for name in COLUMNS}
+            if stashes:
+                # Into a slot in forward, out of it in backward.
+                copied = self.tables.costs.copy_seconds(1) * kept.residual_bytes
+                columns |= {name: columns[name] + copied for name in ("forward_s", "backward_s")}
             made = StageOptions(
                 kept.strategies,
-                *(getattr(kept, name) for name in COLUMNS),
+                **columns,
                 boundary=kept.boundary,
                 num_classes=len(kept.examples),
                 enter_s=self._edge(slot, kept, batching, leaving=False),

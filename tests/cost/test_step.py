@@ -3,12 +3,17 @@
 import pytest
 
 from galvatron_jax.cost import OptimizerMemory, price_plan
+from galvatron_jax.cost.links import Group, ring_seconds
 from galvatron_jax.cost.memory import SAME
+from galvatron_jax.cost.model import Batching, CostModel
+from galvatron_jax.cost.planner import default_planner
 from galvatron_jax.cost.sizes import batch_spec, local_bytes, value_dims
 from galvatron_jax.cost.wiring import Hop, wire
 from galvatron_jax.errors import PlanMismatchError
 from galvatron_jax.spec.plan import LayerGroup, MeshAxis, Plan, Schedule, Stage
+from galvatron_jax.spec.profile import CollectiveKind
 from galvatron_jax.spec.strategy import LayerStrategy
+from tests.runtime.matrix import traced
 from tests.search.fake import FakePlanner, cluster, toy_model
 
 ADAM = OptimizerMemory(("float32", "float32"), 4)
@@ -58,8 +63,49 @@ def test_layers_that_disagree_on_a_tied_parameter_are_refused() -> None:
 def test_synchronisation_is_paid_once_whatever_the_number_of_microbatches() -> None:
     one, four = (price(plan((0, 4, LayerStrategy(dp=("a",))), num_microbatches=n, batch_axes=("a",))) for n in (1, 4))
     assert one.time.synchronisation_s == four.time.synchronisation_s > 0
-    assert one.time.compute_s == pytest.approx(four.time.compute_s)
     assert four.memory[0].residual_bytes == one.memory[0].residual_bytes // 4
+
+
+def test_micro_batches_after_one_another_read_and_write_what_they_add_to() -> None:
+    one, four = (
+        price(plan((0, 4, LayerStrategy(dp=("a",))), num_microbatches=n, batch_axes=("a",))).time for n in (1, 4)
+    )
+    added = 2 * 4 * WEIGHT / cluster().device.memory_bandwidth_bytes_per_s
+    assert four.compute_s - one.compute_s == pytest.approx(4 * added)
+
+
+def test_what_a_stage_stashes_is_copied_in_and_out() -> None:
+    inner = LayerStrategy(dp=("b",))
+    stages = tuple(Stage(groups=(LayerGroup(start=a, stop=b, strategy=inner),)) for a, b in ((0, 2), (2, 4)))
+    staged = {"stages": stages, "pipeline_axes": ("a",), "batch_axes": ("b",), "num_microbatches": 4}
+    again, stashed = (
+        price(plan(**staged, schedule=schedule)) for schedule in (Schedule.ONE_F_ONE_B, Schedule.ONE_F_ONE_B_STASH)
+    )
+    residual = price(plan((0, 4, inner), batch_axes=("b",), num_microbatches=4)).memory[0].residual_bytes // 2
+    copied = 2 * residual / cluster().device.memory_bandwidth_bytes_per_s
+    assert stashed.stages[0].forward_s - again.stages[0].forward_s == pytest.approx(copied)
+    assert stashed.stages[0].backward_s < again.stages[0].backward_s + copied
+
+
+def test_devices_of_a_host_sum_parameter_by_parameter_and_a_loop_each_one_for_all_its_layers() -> None:
+    gpus = cluster()
+    host = gpus.model_copy(update={"device": gpus.device.model_copy(update={"name": "cpu"})})
+    mesh, model = (MeshAxis(name="a", size=4),), traced("gpt2").spec
+    dp = LayerStrategy(dp=("a",))
+    together, apart = (
+        CostModel.build(
+            model, cluster=each, mesh=mesh, profile=None, optimizer=ADAM, planner=default_planner()
+        )
+        for each in (gpus, host)
+    )  # fmt: skip
+    batching = Batching(8, 1, ("a",))
+    for index, wiring in enumerate(together.wiring.layers):
+        sums = [each for p in together.plan(index, dp, batching).parameters for each in p.sync]
+        alike = sum(other.kind == wiring.kind for other in model.layers) if wiring.looped else 1
+        one, other = (costs.layer_cost(wiring, dp, batching).synchronisation_s for costs in (together, apart))
+        latency = ring_seconds(CollectiveKind.ALL_REDUCE, Group(4, 1), payload_bytes=0, cluster=gpus)
+        assert other - one == pytest.approx((len(sums) / alike - 1) * latency)
+        assert len(sums) > 1
 
 
 def test_unlike_neighbours_pay_for_the_change_of_layout_both_ways() -> None:

@@ -33,7 +33,7 @@ def sweep():
 
 def test_a_plan_of_several_stages_has_a_row_per_stage_and_per_group(found):
     text = render(plan_report(found.plan))
-    assert "toy on 4 devices, batch 8 in 4 micro-batches, 2 stages (1f1b-stash)" in text
+    assert "toy on 4 devices, batch 8 in 4 micro-batches, 2 stages (1f1b)" in text
     assert "Stages (forward and backward of one micro-batch)" in text
     assert "group 1" in text
     assert "Predicted memory per device of 1.00 GiB" in text
@@ -89,7 +89,7 @@ def test_a_pipeline_does_not_claim_that_memory_does_not_bind(found):
 
 
 def test_plans_in_a_few_words(found):
-    assert describe_plan(found.plan).startswith("2 stages 1f1b-stash, batch 8 in 4 micro-batches")
+    assert describe_plan(found.plan).startswith("2 stages 1f1b, batch 8 in 4 micro-batches")
 
 
 def test_a_sweep_is_a_table_with_a_row_per_cell(sweep):
