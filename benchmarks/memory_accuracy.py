@@ -25,6 +25,7 @@ from parts.draw_memory import draw
 from parts.memory_pairs import PAIRS, SAMPLE, Pair
 
 from galvatron_jax.api.optimizer import optimizer_memory
+from galvatron_jax.api.verification import compare_collectives
 from galvatron_jax.cost.step import price_plan
 from galvatron_jax.runtime.step import build_step
 from galvatron_jax.spec.presets import cluster_preset
@@ -56,12 +57,22 @@ def compiled(pair: Pair, traced: Traced) -> dict[str, Any]:
     plan = pair.plan(len(traced.spec.layers), traced.spec.name)
     begin = time.perf_counter()
     step = build_step(traced, plan, OPTIMIZER, devices=target_devices("h100", pair.devices))
-    found = step.lowered.compile(compiler_options=QUICK).memory_analysis()
+    program = step.lowered.compile(compiler_options=QUICK)
+    found = program.memory_analysis()
     return {
         "peak_bytes": found.peak_memory_in_bytes,
         "argument_bytes": found.argument_size_in_bytes,
         "temporary_bytes": found.temp_size_in_bytes,
         "compile_s": round(time.perf_counter() - begin, 1),
+        "collectives": [
+            {
+                "operation": check.operation,
+                "axes": "".join(check.axes),
+                "planned_bytes": check.predicted.bytes,
+                "bytes": check.compiled.bytes,
+            }
+            for check in compare_collectives(step, program)
+        ],
     }
 
 

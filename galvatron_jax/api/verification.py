@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
+import jax
 import optax
 
 from galvatron_jax.api.optimizer import optimizer_memory
@@ -103,19 +104,24 @@ def verify_request(request: Request, plan: Plan, *, target: str) -> Verification
     )
 
 
-def compare_collectives(step: StepProgram) -> tuple[CollectiveCheck, ...]:
-    """Predicted and compiled collectives of a step, kind by kind and group by group; those of no bytes left out."""
-    predicted, compiled = _volumes(predicted_collectives(step)), _volumes(compiled_collectives(step))
-    nothing = Volume(0, 0)
+def compare_collectives(step: StepProgram, compiled: jax.stages.Compiled | None = None) -> tuple[CollectiveCheck, ...]:
+    """Predicted and compiled collectives of a step, kind by kind and group by group; those of no bytes left out.
+
+    Args:
+        step: a step; compiled for this if it has not been.
+        compiled: its program, where it was compiled in another way.
+    """
+    predicted = _volumes(predicted_collectives(step))
+    found, nothing = _volumes(compiled_collectives(step, compiled=compiled)), Volume(0, 0)
     return tuple(
         CollectiveCheck(
             operation=operation,
             axes=axes,
             members=_members(step, axes),
             predicted=predicted.get((operation, axes), nothing),
-            compiled=compiled.get((operation, axes), nothing),
+            compiled=found.get((operation, axes), nothing),
         )
-        for operation, axes in sorted(predicted.keys() | compiled.keys())
+        for operation, axes in sorted(predicted.keys() | found.keys())
     )
 
 

@@ -471,15 +471,19 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _HLO_TYPES = {"pred": "bool", "f16": "float16", "f32": "float32", "f64": "float64", "bf16": "bfloat16"}
 
 
-def compiled_collectives(step: StepProgram, *, without_passes: Sequence[str] = ()) -> Collectives:
+def compiled_collectives(
+    step: StepProgram, *, without_passes: Sequence[str] = (), compiled: jax.stages.Compiled | None = None
+) -> Collectives:
     """The collectives of the compiled step, those in loops as often as XLA knows them to turn.
 
     Args:
         step: a step; compiled for this if it has not been.
         without_passes: names of XLA passes to leave out, to see what they do.
+        compiled: the step's program, where it was compiled in another way.
     """
-    options = {"xla_disable_hlo_passes": ",".join(without_passes)}
-    compiled = step.lowered.compile(compiler_options=options) if without_passes else step.compiled
+    if compiled is None:
+        options = {"xla_disable_hlo_passes": ",".join(without_passes)}
+        compiled = step.lowered.compile(compiler_options=options) if without_passes else step.compiled
     return read_hlo(compiled.as_text(), _group_table(step), step.mesh.shape)
 
 
