@@ -484,7 +484,9 @@ def compiled_collectives(
     if compiled is None:
         options = {"xla_disable_hlo_passes": ",".join(without_passes)}
         compiled = step.lowered.compile(compiler_options=options) if without_passes else step.compiled
-    return read_hlo(compiled.as_text(), _group_table(step), step.mesh.shape)
+    text = compiled.as_text()
+    assert text is not None, "the compiler shows no text"
+    return read_hlo(text, _group_table(step), step.mesh.shape)
 
 
 def read_hlo(
