@@ -3,7 +3,7 @@
 A GPT in two stages on the testbed's two hosts, under 1F1B (which recomputes) and GPipe, with 4 and 16 micro-batches.
 Each stage's forward and backward is timed alone on its host, and the step once more with an idle table: what is left
 then are the permutes of every tick, synchronisation and update. The table's makespan with the stages' times, and that
-rest, should make the step.
+rest, should make the step. All are timed in turns, and compared turn by turn.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ STARTS = [0, 4]
 """First layers of the stages: the embedding and three blocks; three blocks and the head."""
 SCHEDULES, COUNTS = ("1f1b", "gpipe"), (4, 16)
 LIMIT = 0.10
-STEPS, FULL_STEPS = 15, 40
-"""Of each program; the seven in a row that differ least count."""
+ROUNDS, FULL_ROUNDS = 21, 51
+"""Of step, idle step and turns, one after another; medians count."""
 
 
 def measure(full: bool, *, link: str, only: Sequence[str] | None) -> Outcome:
@@ -34,7 +34,7 @@ def measure(full: bool, *, link: str, only: Sequence[str] | None) -> Outcome:
             for count in COUNTS:
                 if only and f"{schedule}:{count}" not in only:
                     continue
-                results.append(one(bed, schedule, count, FULL_STEPS if full else STEPS))
+                results.append(one(bed, schedule, count, FULL_ROUNDS if full else ROUNDS))
                 print(_line(results[-1]), flush=True)
     claims = [
         Claim(f"{r['schedule']}, {r['microbatches']} micro-batches: |predicted / measured - 1|", abs(r["error"]), LIMIT)
@@ -43,7 +43,7 @@ def measure(full: bool, *, link: str, only: Sequence[str] | None) -> Outcome:
     return Outcome(results, claims)
 
 
-def one(bed: Testbed, schedule: str, count: int, steps: int) -> dict[str, Any]:
+def one(bed: Testbed, schedule: str, count: int, rounds: int) -> dict[str, Any]:
     """One plan, measured and predicted."""
     arguments = {
         "schedule": schedule,
@@ -51,7 +51,7 @@ def one(bed: Testbed, schedule: str, count: int, steps: int) -> dict[str, Any]:
         "global_batch": GLOBAL_BATCH,
         "starts": STARTS,
         "sizes": SIZES,
-        "steps": steps,
+        "rounds": rounds,
     }
     answers = bed.run("parts.pipeline_host:measure", arguments, timeout_s=500)
     return {"network": bed.description, **compared(schedule, count, answers.values)}

@@ -7,7 +7,6 @@ there. A step whose table is idle has the permutes of every tick, the synchronis
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -33,8 +32,8 @@ from galvatron_jax.spec.strategy import LayerStrategy
 from galvatron_jax.trace.model import Traced, trace
 
 OPTIMIZER = optax.sgd(1e-3, momentum=0.9)
-CALM = 7
-"""Samples in a row."""
+WARM_UP = 2
+"""Rounds that do not count."""
 
 
 class IdleStep(PipelineStep):
@@ -48,9 +47,9 @@ class IdleStep(PipelineStep):
 
 
 def measure(
-    *, schedule: str, num_microbatches: int, global_batch: int, starts: list[int], sizes: dict[str, Any], steps: int
-) -> dict[str, Any]:
-    """Times on this host, each by both clocks, and the table."""
+    *, schedule: str, num_microbatches: int, global_batch: int, starts: list[int], sizes: dict[str, Any], rounds: int
+) -> list[dict[str, Clocked]]:
+    """Times on this host, round by round: the machine's speed changes, and what is compared should meet the same."""
     traced = trace_gpt(sizes, global_batch // num_microbatches)
     plan = plan_of(traced, Schedule(schedule), num_microbatches, global_batch, starts)
     step = build_step(traced, plan, OPTIMIZER)
@@ -58,11 +57,13 @@ def measure(
     tokens = np.random.default_rng(0).integers(0, sizes["vocab_size"], (global_batch, sizes["seq_length"] + 1))
     batch = step.place({"tokens": tokens.astype(np.int32)})
     idle = IdleStep(**{field.name: getattr(step, field.name) for field in dataclasses.fields(step)})
-    state, measured = time_step(step, step.init(0), batch, steps)
-    state, without_work = time_step(idle, state, batch, steps)
-    stage = jax.process_index()
-    turns = {f"{way}_s": time_turn(step, state, stage, way, batch, steps) for way in ("forward", "backward")}
-    return {"step_s": measured, "idle_s": without_work, **turns}
+    state, stage, found = step.init(0), jax.process_index(), []
+    ways = [Turn(step, state, stage, way, batch) for way in ("forward", "backward")]
+    for _ in range(rounds + WARM_UP):
+        state, whole = time_step(step, state, batch)
+        state, without_work = time_step(idle, state, batch)
+        found.append({"step_s": whole, "idle_s": without_work, **{f"{turn.way}_s": turn.time() for turn in ways}})
+    return found[WARM_UP:]
 
 
 def trace_gpt(sizes: dict[str, Any], microbatch: int) -> Traced:
@@ -94,39 +95,43 @@ def plan_of(traced: Traced, schedule: Schedule, count: int, global_batch: int, s
     )
 
 
-def time_step(step: PipelineStep, state: State, batch: Any, steps: int) -> tuple[State, Clocked]:
-    """Medians of whole steps; each begins when all hosts have ended the one before."""
-    found = []
-    for _ in range(steps + 2):
-        jax.block_until_ready(state)
-        watch = Watch()
-        state, metrics = step.jitted(state, batch)
-        jax.block_until_ready((state, metrics))
-        found.append(watch.read())
-    return state, calmest(found[2:])
+def time_step(step: PipelineStep, state: State, batch: Any) -> tuple[State, Clocked]:
+    """One step, which begins when all hosts have ended what was before."""
+    jax.block_until_ready(state)
+    sync_global_devices("step")
+    watch = Watch()
+    state, metrics = step.jitted(state, batch)
+    jax.block_until_ready((state, metrics))
+    return state, watch.read()
 
 
-def time_turn(step: PipelineStep, state: State, stage: int, way: str, batch: Any, steps: int) -> Clocked:
-    """Medians of one stage's program on this host's device; zero where it has none.
+class Turn:
+    """One stage's program on this host's device.
 
-    The difference between a call that takes the turns of all micro-batches and one that takes none. The hosts begin
-    together: in a step, too, they work at the same time, and share a machine's caches and memory bandwidth.
+    The hosts begin together: in a step, too, they work at the same time, and share a machine's caches and memory
+    bandwidth.
     """
-    program = turns(step, stage, way)
-    leaves = {name: jnp.asarray(x.addressable_shards[0].data) for name, x in batch.items()}
-    params = {name: jnp.asarray(x.addressable_shards[0].data)[0] for name, x in state["params"].items()}
-    run, found, count = jax.jit(program) if program else None, [], step.plan.num_microbatches
-    for number in range(steps + 1):
+
+    def __init__(self, step: PipelineStep, state: State, stage: int, way: str, batch: Any):
+        program = turns(step, stage, way)
+        self.way = way
+        self._run, self._count = jax.jit(program) if program else None, step.plan.num_microbatches
+        self._leaves = {name: jnp.asarray(x.addressable_shards[0].data) for name, x in batch.items()}
+        self._params = {name: jnp.asarray(x.addressable_shards[0].data)[0] for name, x in state["params"].items()}
+
+    def time(self) -> Clocked:
+        """Of a micro-batch: a call that takes the turns of all, less one that takes none. Zero without a program."""
         read = []
-        for turns_taken in (0, count):
-            sync_global_devices(f"{way} {number} {turns_taken}")
+        for count in (0, self._count):
+            sync_global_devices(f"{self.way} {count}")
             watch = Watch()
-            if run:
-                jax.block_until_ready(run(params, leaves, turns_taken))
+            if self._run:
+                jax.block_until_ready(self._run(self._params, self._leaves, count))
             read.append(watch.read())
-        none, all_of_them = read
-        found.append(Clocked((all_of_them.wall_s - none.wall_s) / count, (all_of_them.cpu_s - none.cpu_s) / count))
-    return calmest(found[1:]) if run else Clocked(0.0, 0.0)
+        none, every = read
+        if self._run is None:
+            return Clocked(0.0, 0.0)
+        return Clocked((every.wall_s - none.wall_s) / self._count, (every.cpu_s - none.cpu_s) / self._count)
 
 
 class Clocked(NamedTuple):
@@ -134,8 +139,6 @@ class Clocked(NamedTuple):
 
     wall_s: float
     cpu_s: float
-    spread_s: float = 0.0
-    """Interquartile range by the first."""
 
 
 class Watch:
@@ -144,18 +147,6 @@ class Watch:
 
     def read(self) -> Clocked:
         return Clocked(time.perf_counter() - self.begin[0], time.process_time() - self.begin[1])
-
-
-def calmest(found: list[Clocked]) -> Clocked:
-    """Medians of the seven samples in a row that differ least: while other processes rest, if they ever do."""
-    windows = [found[start : start + CALM] for start in range(max(1, len(found) - CALM + 1))]
-    return min((median(window) for window in windows), key=lambda each: each.spread_s)
-
-
-def median(found: list[Clocked]) -> Clocked:
-    walls = [each.wall_s for each in found]
-    low, _, high = statistics.quantiles(walls, n=4)
-    return Clocked(statistics.median(walls), statistics.median(each.cpu_s for each in found), high - low)
 
 
 def turns(step: PipelineStep, stage: int, way: str) -> Callable[[Any, Any, Any], Any] | None:
