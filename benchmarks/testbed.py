@@ -47,8 +47,8 @@ _KEEP_MEMORY = ":".join(
     for name, value in {"mmap_max": 0, "trim_threshold": 2**40, "top_pad": 2**28, "arena_max": 1, "hugetlb": 1}.items()
 )
 """Makes hosts keep the memory that they free, in large pages, as accelerators do. Otherwise each step's arrays are new
-pages, which the kernel clears one by one: 0.12 s for 280 MiB, more than many a step computes. Of what remains, large
-pages take 7 % off."""
+pages, which the kernel clears one by one: 0.12 s for 280 MiB, more than many a step computes. Large pages take up to
+7 % more off."""
 _numbers = itertools.count()
 
 
