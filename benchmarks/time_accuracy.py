@@ -2,9 +2,11 @@
 
 Profiles the hosts and a model's layers on each link, searches, and measures the plan found beside 35 others: data
 parallelism with every ZeRO stage, tensor and both kinds of sequence parallelism, pipelines of every schedule, remat,
-and many micro-batches. A step's figure is the least of its repeats, as delays only add to it; the record has the median
-and the most too. It takes long, and can be interrupted: what was measured stays in `--folder`, and the next run
-goes on there. `--seconds` ends a run before it would itself. `--quick` takes one model, two links and a dozen plans.
+and many micro-batches. All take their turn in three rounds, and layers and collectives with them: a shared machine's
+speed changes by the minute. A figure is the least of its repeats, whether of a step, a layer or a collective, as delays
+only add to it; the record has the steps' median and most too. It takes long, and can be interrupted: rounds that were
+done stay in `--folder`, and the next run goes on there. `--seconds` ends a run before it would itself. `--quick` takes
+one model, two links and a dozen plans.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ from typing import Any
 from harness import Claim, Outcome, run
 from parts.accuracy_plans import LINKS, MODELS, QUICK
 from parts.accuracy_plans import plans as every_plan
-from parts.accuracy_record import SEARCHED, Bench, summary
+from parts.accuracy_record import ROUNDS, SEARCHED, Bench, summary
 from testbed import Testbed
 
 ERROR, RANKS, SLOWER = 0.08, 0.05, 0.03
-STEPS, FULL_STEPS = 11, 21
+STEPS, FULL_STEPS = 4, 8
+"""Per plan, link and round."""
 FOLDER = Path.home() / ".cache" / "galvatron_jax" / "time_accuracy"
 
 
@@ -43,9 +46,10 @@ def measure(full: bool, *, quick: bool, seconds: float, folder: str) -> Outcome:
             plans = {name: plan.model_dump(mode="json") for name, plan in bench.missing(names).items()}
             if plans and left > 0:
                 arguments = {"model": model, "plans": plans, "folder": folder, "links": links}
-                effort = {"steps": FULL_STEPS if full else STEPS, "seconds": left}
-                done = bed.run("parts.accuracy_host:measure", arguments | effort, timeout_s=left + 300).values[0]
-                print(f"{model}: measured {len(done)} plans, {len(plans) - len(done)} are missing", flush=True)
+                rounds = list(range(bench.done(names), ROUNDS))
+                effort = {"rounds": rounds, "steps": FULL_STEPS if full else STEPS, "seconds": left}
+                done = bed.run("parts.accuracy_host:measure", arguments | effort, timeout_s=left + 1800).values[0]
+                print(f"{model}: {len(plans)} plans, {len(done)} rounds of {len(rounds)} done", flush=True)
     for bench in benches.values():
         rows += bench.rows(names) if bench.profiled else []
     complete = all(bench.profiled and not bench.missing(names) for bench in benches.values())

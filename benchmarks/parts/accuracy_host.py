@@ -9,7 +9,8 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from galvatron_jax.runtime.program import StepProgram
 from galvatron_jax.runtime.step import build_step
 from galvatron_jax.search import SearchSpace, search
 from galvatron_jax.search.space import Rule
+from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.plan import Plan
+from galvatron_jax.spec.profile import Profile
 from galvatron_jax.trace.model import Traced, trace
 
 OPTIMIZER = optax.adamw(1e-3)
@@ -51,15 +54,32 @@ def set_link(name: str) -> None:
 
 
 def profile(*, model: str, folder: str, links: Sequence[str]) -> None:
-    """Profiles per link; layers, on which the link has no bearing, once."""
+    """The first profile of every link, and the plan that a search finds with it."""
     traced, place = trace_model(model, GLOBAL_BATCH), Path(folder) / model
     place.mkdir(parents=True, exist_ok=True)
-    memory, layers = optimizer_memory(OPTIMIZER, traced.spec), None
+    memory = optimizer_memory(OPTIMIZER, traced.spec)
+    if jax.process_index() == 0:
+        optimizer = {"slots": memory.param_like_slots, "scalar_bytes": memory.scalar_bytes}
+        (place / "optimizer.json").write_text(json.dumps(optimizer))
+        traced.spec.save(place / "model.json")
+    for link, cluster, found in _profiles(traced, place, links, number=0):
+        if jax.process_index() == 0:
+            result = search(
+                traced.spec, cluster, profile=found, global_batch=GLOBAL_BATCH, optimizer=memory, space=SPACE
+            )
+            result.plan.save(place / f"searched {file_name(link)}.json")
+
+
+def _profiles(
+    traced: Traced, place: Path, links: Sequence[str], *, number: int
+) -> Iterator[tuple[str, ClusterSpec, Profile]]:
+    """Measures anew on each link; layers, on which it has no bearing, once."""
+    layers = None
     for link in links:
         set_link(link)
-        cache = str(place / f"cache {file_name(link)}")
-        options = {"cache_dir": cache, "progress": False, "sampling": EFFORT}
-        cluster = live_cluster(**options)
+        options = {"cache_dir": place / f"cache {file_name(link)} {number}", "progress": False, "sampling": EFFORT}
+        cluster_file = place / f"cluster {file_name(link)}.json"
+        cluster = ClusterSpec.load(cluster_file) if number else live_cluster(**options)
         if layers is None:
             found = measure_profile(traced, cluster, GLOBAL_BATCH, space=SPACE, **options)
             layers = found.layers
@@ -67,63 +87,98 @@ def profile(*, model: str, folder: str, links: Sequence[str]) -> None:
             found = measure_collectives(traced.spec, [], cluster=cluster, **options)
             found = found.model_copy(update={"layers": layers})
         if jax.process_index() == 0:
-            cluster.save(place / f"cluster {file_name(link)}.json")
-            found.save(place / f"profile {file_name(link)}.json")
-            result = search(
-                traced.spec, cluster, profile=found, global_batch=GLOBAL_BATCH, optimizer=memory, space=SPACE
-            )
-            result.plan.save(place / f"searched {file_name(link)}.json")
-    if jax.process_index() == 0:
-        optimizer = {"slots": memory.param_like_slots, "scalar_bytes": memory.scalar_bytes}
-        (place / "optimizer.json").write_text(json.dumps(optimizer))
-        traced.spec.save(place / "model.json")
+            cluster.save(cluster_file)
+            found.save(place / f"profile {file_name(link)} {number}.json")
+        yield link, cluster, found
 
 
 def measure(
-    *, model: str, plans: Mapping[str, dict], folder: str, links: Sequence[str], steps: int, seconds: float
-) -> list[str]:
-    """Step times of plans on every link; no plan begins after so many seconds.
+    *,
+    model: str,
+    plans: Mapping[str, dict],
+    folder: str,
+    links: Sequence[str],
+    rounds: Sequence[int],
+    steps: int,
+    seconds: float,
+) -> list[int]:
+    """Step times of all plans on every link, round by round: all see the same moods of a shared machine.
+
+    What is predicted from is measured in every round too.
+
+    Args:
+        model: by its name in `MODELS`.
+        plans: documents by name.
+        folder: where records lie, which grow by each round.
+        links: by name.
+        rounds: numbers of those to run.
+        steps: per plan, link and round.
+        seconds: after so many no round begins.
 
     Returns:
-        Names of the plans measured.
+        Numbers of the rounds done.
     """
-    begin, done = time.monotonic(), []
-    for name, document in plans.items():
-        late = multihost_utils.broadcast_one_to_all(np.int32(time.monotonic() - begin > seconds))
-        if late:
+    begin, done, place = time.monotonic(), [], Path(folder) / model
+    traced = trace_model(model, GLOBAL_BATCH)
+    ready = {name: Ready.compiled(model, Plan.model_validate(document)) for name, document in plans.items()}
+    for number in rounds:
+        if multihost_utils.broadcast_one_to_all(np.int32(time.monotonic() - begin > seconds)):
             break
-        plan = Plan.model_validate(document)
-        traced = trace_model(model, GLOBAL_BATCH // plan.num_microbatches)
-        step = build_step(traced, plan, OPTIMIZER)
-        found = time_plan(step, model, links, steps)
+        if number:
+            list(_profiles(traced, place, links, number=number))
+        found: dict[str, dict[str, list[float]]] = {name: {} for name in ready}
+        for link in links:
+            set_link(link)
+            for name, each in ready.items():
+                found[name][link] = each.time(steps)
         if jax.process_index() == 0:
-            record = {"plan": document, "seconds": found}
-            path = Path(folder) / model / f"measured {file_name(name)}.json"
-            path.with_suffix(".partial").write_text(json.dumps(record))
-            path.with_suffix(".partial").replace(path)
-        done.append(name)
-        jax.clear_caches()
+            for name, times in found.items():
+                _add(place / f"measured {file_name(name)}.json", plans[name], times)
+        done.append(number)
     return done
 
 
-def time_plan(step: StepProgram, model: str, links: Sequence[str], steps: int) -> dict[str, list[float]]:
-    """Seconds of steps per link, of the slowest host."""
-    sizes = MODELS[model]
-    tokens = np.random.default_rng(0).integers(0, sizes["vocab_size"], (GLOBAL_BATCH, sizes["seq_length"] + 1))
-    batch, state = step.place({"tokens": tokens.astype(np.int32)}), ordinary_state(step)
-    found = {}
-    for link in links:
-        set_link(link)
+@dataclass
+class Ready:
+    """A plan's compiled step with what it runs on."""
+
+    step: StepProgram
+    batch: Any
+    state: Any
+
+    @classmethod
+    def compiled(cls, model: str, plan: Plan) -> Ready:
+        """Its first step is done."""
+        traced, sizes = trace_model(model, GLOBAL_BATCH // plan.num_microbatches), MODELS[model]
+        tokens = np.random.default_rng(0).integers(0, sizes["vocab_size"], (GLOBAL_BATCH, sizes["seq_length"] + 1))
+        step = build_step(traced, plan, OPTIMIZER)
+        ready = cls(step, step.place({"tokens": tokens.astype(np.int32)}), ordinary_state(step))
+        ready.time(1)
+        return ready
+
+    def time(self, steps: int) -> list[float]:
+        """Seconds of steps, of the slowest host."""
         times = []
-        for _ in range(steps + 1):
-            jax.block_until_ready(state)
+        for _ in range(steps):
+            jax.block_until_ready(self.state)
             begin = time.perf_counter()
-            state, metrics = step.jitted(state, batch)
-            jax.block_until_ready((state, metrics))
+            self.state, metrics = self.step.jitted(self.state, self.batch)
+            jax.block_until_ready((self.state, metrics))
             times.append(time.perf_counter() - begin)
-        own = np.asarray(times[1:], np.float32)
-        found[link] = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, steps).max(axis=0).tolist()
-    return found
+        own = np.asarray(times, np.float32)
+        return np.asarray(multihost_utils.process_allgather(own)).reshape(-1, steps).max(axis=0).tolist()
+
+
+def _add(path: Path, plan: dict, times: Mapping[str, Sequence[float]]) -> None:
+    """Adds a round to a plan's record, in one go."""
+    record = json.loads(path.read_text()) if path.exists() else {}
+    if record.get("plan") != plan:
+        record = {"plan": plan, "rounds": 0, "seconds": {link: [] for link in times}}
+    record["rounds"] += 1
+    for link, seconds in times.items():
+        record["seconds"][link] += seconds
+    path.with_suffix(".partial").write_text(json.dumps(record))
+    path.with_suffix(".partial").replace(path)
 
 
 def ordinary_state(step: StepProgram) -> Any:

@@ -15,9 +15,11 @@ from galvatron_jax.cost import OptimizerMemory, price_plan
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.model import ModelSpec
 from galvatron_jax.spec.plan import Plan
-from galvatron_jax.spec.profile import Profile
+from galvatron_jax.spec.profile import CollectiveTiming, LayerTiming, Profile, Timing
 
 SEARCHED = "searched for "
+ROUNDS = 3
+"""In which all plans take their turn."""
 
 
 def file_name(name: str) -> str:
@@ -52,14 +54,26 @@ class Bench:
         return chosen
 
     def missing(self, names: Sequence[str] | None) -> dict[str, Plan]:
-        """Those that are not measured yet; of equal ones one."""
+        """Those that lack rounds; of equal ones one."""
         wanted, seen = self.wanted(names), set()
         found = {}
         for name, plan in wanted.items():
-            if self._measured_as(wanted, name) is None and _sort(plan) not in seen:
+            record = self._measured_as(wanted, name)
+            if (record is None or record["rounds"] < ROUNDS) and _sort(plan) not in seen:
                 found[name] = plan
                 seen.add(_sort(plan))
         return found
+
+    def done(self, names: Sequence[str] | None) -> int:
+        """Rounds that every plan has which lacks some."""
+        wanted = self.wanted(names)
+        records = [self._measured_as(wanted, name) for name in self.missing(names)]
+        return min((record["rounds"] if record else 0 for record in records), default=ROUNDS)
+
+    def profile(self, link: str) -> Profile:
+        """The least of every point, as of the steps: what else runs on the machine, or beside it, only adds."""
+        pattern = f"profile {file_name(link)} *.json"
+        return quietest([Profile.load(path) for path in sorted(self.folder.glob(pattern))])
 
     def _measured_as(self, wanted: dict[str, Plan], name: str) -> dict[str, Any] | None:
         """The record of a plan, or of an equal one."""
@@ -78,14 +92,14 @@ class Bench:
         found = []
         for link in self.links:
             cluster = ClusterSpec.load(self.folder / f"cluster {file_name(link)}.json")
-            profile = Profile.load(self.folder / f"profile {file_name(link)}.json")
+            profile = self.profile(link)
             for name, plan in wanted.items():
                 record = self._measured_as(wanted, name)
                 if record is None or (name.startswith(SEARCHED) and name != SEARCHED + link):
                     continue
                 time = price_plan(model, plan, cluster=cluster, profile=profile, optimizer=optimizer).time
                 seconds = record["seconds"][link]
-                measured = min(seconds)  # What else runs on the machine, or beside it on its host, only adds to it.
+                measured = min(seconds)
                 found.append(
                     {
                         "model": model.name,
@@ -100,6 +114,29 @@ class Bench:
                     }
                 )
         return found
+
+
+def quietest(profiles: Sequence[Profile]) -> Profile:
+    """One profile with the least of every point's figures."""
+
+    def timing(found: Sequence[Timing]) -> Timing:
+        return Timing(median_s=min(each.median_s if each.least_s is None else each.least_s for each in found))
+
+    layers: dict[tuple, list[LayerTiming]] = {}
+    collectives: dict[tuple, list[CollectiveTiming]] = {}
+    for profile in profiles:
+        for layer in profile.layers:
+            layers.setdefault((layer.kind, layer.shape, layer.remat), []).append(layer)
+        for each in profile.collectives:
+            collectives.setdefault((each.kind, each.axis_size, each.level, each.bytes), []).append(each)
+    quiet_layers = [
+        own[0].model_copy(update={key: timing([getattr(each, key) for each in own]) for key in ("forward", "backward")})
+        for own in layers.values()
+    ]
+    quiet_collectives = [
+        own[0].model_copy(update={"timing": timing([each.timing for each in own])}) for own in collectives.values()
+    ]
+    return profiles[0].model_copy(update={"layers": tuple(quiet_layers), "collectives": tuple(quiet_collectives)})
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ class Bench:
         def measure() -> Timing:
             function, inputs = work()
             whole = time_everywhere(function, inputs, mesh=self.mesh, sampling=self.sampling)
-            parts = share()
-            return whole.model_copy(update={"median_s": whole.median_s / parts, "spread_s": whole.spread_s / parts})
+            parts, figures = share(), ("median_s", "spread_s", "least_s")
+            return whole.model_copy(update={name: getattr(whole, name) / parts for name in figures})
 
         return self.cache.get_or_measure(key, measure)

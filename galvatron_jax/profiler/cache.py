@@ -121,7 +121,11 @@ class TimingCache:
 
 def _agree(timing: Timing | None) -> Timing | None:
     """What process 0 holds, on every process."""
-    values = agree(np.array((timing.median_s, timing.spread_s, timing.samples) if timing else (-1.0, 0.0, 0.0)))
-    if values[0] < 0:
+    figures = (-1.0, 0.0, 0.0, np.nan)
+    if timing is not None:
+        least = np.nan if timing.least_s is None else timing.least_s
+        figures = (timing.median_s, timing.spread_s, timing.samples, least)
+    median, spread, samples, least = agree(np.array(figures)).tolist()
+    if median < 0:
         return None
-    return Timing(median_s=float(values[0]), spread_s=float(values[1]), samples=int(values[2]))
+    return Timing(median_s=median, spread_s=spread, samples=int(samples), least_s=None if np.isnan(least) else least)

@@ -29,6 +29,8 @@ class Timing(Record):
     spread_s: float = 0.0
     """Interquartile range."""
     samples: int = 1
+    least_s: float | None = None
+    """What the quickest samples say: a machine's other work only adds to it."""
 
 
 class LocalShape(Record):

@@ -14,6 +14,7 @@ from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.plan import Schedule
 from galvatron_jax.spec.plan_checks import check_plan
 from galvatron_jax.spec.presets import cluster_preset
+from galvatron_jax.spec.profile import Timing
 from galvatron_jax.spec.strategy import Remat, SequenceParallel
 from tests.search.fake import toy_model
 
@@ -34,7 +35,7 @@ def bench(tmp_path: Path) -> Bench:
     (tmp_path / "optimizer.json").write_text(json.dumps({"slots": ["float32", "float32"], "scalar_bytes": 4}))
     for number, link in enumerate(LINKS):
         two_hosts().save(tmp_path / f"cluster {file_name(link)}.json")
-        derive_profile(model, two_hosts()).save(tmp_path / f"profile {file_name(link)}.json")
+        derive_profile(model, two_hosts()).save(tmp_path / f"profile {file_name(link)} 0.json")
         found = plans(model)["dp x1" if number == 0 else "1f1b x16"]
         found.save(tmp_path / f"searched {file_name(link)}.json")
     return bench
@@ -62,15 +63,37 @@ def test_what_was_measured_is_not_measured_again(bench: Bench) -> None:
     # The first searched plan equals a plan by name; the second is one more.
     assert set(bench.missing(names)) == {"dp x1", "dp x4", "1f1b x4", "searched for 500 Mbit/s"}
     plan = plans(bench.model)["dp x1"].model_dump(mode="json")
-    record = {"plan": plan, "seconds": {"open": [0.2, 0.1, 0.3], "500 Mbit/s": [0.4, 0.5, 0.3]}}
+    record = {"plan": plan, "rounds": 3, "seconds": {"open": [0.2, 0.1, 0.3], "500 Mbit/s": [0.4, 0.5, 0.3]}}
     (bench.folder / "measured dp x1.json").write_text(json.dumps(record))
     assert set(bench.missing(names)) == {"dp x4", "1f1b x4", "searched for 500 Mbit/s"}
 
 
 def test_a_record_of_another_plan_does_not_count(bench: Bench) -> None:
     plan = plans(bench.model)["dp x4"].model_dump(mode="json")
-    (bench.folder / "measured dp x1.json").write_text(json.dumps({"plan": plan, "seconds": {}}))
+    (bench.folder / "measured dp x1.json").write_text(json.dumps({"plan": plan, "rounds": 3, "seconds": {}}))
     assert "dp x1" in bench.missing(["dp x1"])
+
+
+def test_rounds_go_on_where_they_were_ended(bench: Bench) -> None:
+    names = ["dp x1", "dp x4"]
+    assert bench.done(names) == 0
+    for name, rounds in (("dp x1", 3), ("dp x4", 1), ("searched for 500 Mbit/s", 2)):
+        record = {"plan": bench.wanted(names)[name].model_dump(mode="json"), "rounds": rounds, "seconds": {}}
+        (bench.folder / f"measured {file_name(name)}.json").write_text(json.dumps(record))
+    assert set(bench.missing(names)) == {"dp x4", "searched for 500 Mbit/s"}
+    assert bench.done(names) == 1
+
+
+def test_of_several_profiles_the_least_of_every_point_counts(bench: Bench) -> None:
+    first = bench.profile("open")
+    timings = [t.model_copy(update={"timing": Timing(median_s=9.0, least_s=1e-9)}) for t in first.collectives[:1]]
+    second = first.model_copy(update={"collectives": (*timings, *first.collectives[1:])})
+    second.save(bench.folder / f"profile {file_name('open')} 1.json")
+    found = bench.profile("open").collectives
+    assert found[0].timing.median_s == 1e-9
+    assert found[1:] == tuple(
+        each.model_copy(update={"timing": Timing(median_s=each.timing.median_s)}) for each in first.collectives[1:]
+    )
 
 
 def test_rows_and_their_summary() -> None:

@@ -1,5 +1,6 @@
 """Figures are medians of blocking calls, per repetition, whatever a call costs besides the work."""
 
+import itertools
 import time
 
 import pytest
@@ -64,6 +65,13 @@ def test_one_disturbed_sample_moves_the_spread_and_not_the_median(clock):
     disturbances = iter([0.0] * 8 + [5.0] + [0.0] * 100)
     result = sample(work(clock, each_s=0.01, noise=disturbances), sampling=Sampling(min_samples=8))
     assert result.median_s == pytest.approx(0.01)
+
+
+def test_the_least_is_what_quick_samples_say(clock):
+    disturbances = itertools.chain([0.0] * 6, itertools.cycle([0.0, 0.0, 5.0, 7.0]))
+    result = sample(work(clock, each_s=0.01, call_s=0.1, noise=disturbances), sampling=Sampling(min_samples=8))
+    assert result.least_s == pytest.approx(0.01)
+    assert result.spread_s > 0.01
 
 
 def test_a_figure_is_never_negative(clock):
