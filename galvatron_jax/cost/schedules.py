@@ -31,6 +31,27 @@ _BLOCK = 1 << 20
 """Numbers per temporary when many candidates are priced at once: 8 MiB."""
 
 
+WAYS = ("forward", "backward")
+"""What a tick may hold, in order."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Ticks that run one after another in one loop."""
+
+    ways: tuple[str, ...]
+    """Which of `WAYS` they may hold. Values move on along these alone."""
+    start: int
+    """First tick."""
+    stop: int
+    """The one after the last."""
+
+    @property
+    def length(self) -> int:
+        """Ticks."""
+        return self.stop - self.start
+
+
 @dataclass(frozen=True, eq=False)
 class ScheduleTable:
     """A schedule, tick by tick. The arrays are read-only and shared.
@@ -74,6 +95,24 @@ class ScheduleTable:
     def num_virtual_stages(self) -> int:
         """Virtual stages over all groups."""
         return self.num_stages * self.num_chunks
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """All ticks, in order; forwards by themselves where all of them come before the first backward.
+
+        Example:
+            >>> table = make_table(Schedule.GPIPE, num_stages=2, num_microbatches=3)
+            >>> [(phase.ways, phase.start, phase.stop) for phase in table.phases]
+            [(('forward',), 0, 4), (('backward',), 4, 8)]
+        """
+        first = int((self.backward_stage != IDLE).any(axis=1).argmax())
+        if (self.forward_stage[first:] != IDLE).any():
+            return (Phase(WAYS, 0, self.num_ticks),)
+        return (Phase(WAYS[:1], 0, first), Phase(WAYS[1:], first, self.num_ticks))
+
+    def ticks(self, way: str) -> int:
+        """Ticks of the phases in which there may be a `forward`, or a `backward`."""
+        return sum(phase.length for phase in self.phases if way in phase.ways)
 
     @property
     def recomputes(self) -> bool:

@@ -1,9 +1,10 @@
-"""The schedule's table made to run: one scan over its ticks, on local arrays of every device.
+"""The schedule's table made to run: a scan over its ticks, on local arrays of every device.
 
 In each tick a device does at most one forward and one backward, as its row of the table says: the virtual stages'
 programs stand one after another, and each device runs its own (see `turns`), so stages may be as unlike as they please.
-Values move on between ticks by two permutes along the pipeline axes. These stand outside: a permute waits for all
-devices, and in a program that only some of them run it would wait for ever.
+Values move on between ticks by two permutes along the pipeline axes; by one where a schedule ends all forwards before
+it begins a backward, which are two scans then. Permutes stand outside of the stages' programs: they wait for all
+devices, and in a program that only some of them run would wait for ever.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from galvatron_jax.cost.schedules import ScheduleTable, slots
+from galvatron_jax.cost.schedules import Phase, ScheduleTable, slots
 from galvatron_jax.cost.sizes import LINE
 from galvatron_jax.runtime.clocks import Clock
 from galvatron_jax.runtime.packing import Flats, Packing
@@ -56,6 +57,10 @@ class _Moved(NamedTuple):
 
     received: Flats
     cotangents: Flats
+
+
+_PASSED = {"forward": "received", "backward": "cotangents"}
+"""What moves on after each way."""
 
 
 class _Work(NamedTuple):
@@ -126,9 +131,14 @@ class Engine:
             batch: local leaves of all micro-batches by path; dim 0 is the micro-batch.
         """
         carry, after = self.begin(state, batch)
-        final, _ = lax.scan(lambda c, row: (self._tick(c, row, batch), None), carry, self._rows())
-        sums, weight = lax.psum((final["sums"], final["weight"]), self.axes)
-        return Outcome(final["gradients"], self._agreed(state, final["state"]) | after, sums, weight)
+        for phase in self.table.phases:
+
+            def tick(carry: dict[str, Any], row: Mapping[str, Any], phase: Phase = phase) -> tuple[dict, None]:
+                return self._tick(carry, row, batch, phase.ways), None
+
+            carry, _ = lax.scan(tick, carry, self._rows(phase))
+        sums, weight = lax.psum((carry["sums"], carry["weight"]), self.axes)
+        return Outcome(carry["gradients"], self._agreed(state, carry["state"]) | after, sums, weight)
 
     def begin(self, state: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """What ticks hand on to one another, before the first; and the shared state after all, by path."""
@@ -163,14 +173,12 @@ class Engine:
         moved = _Moved(carry["received"], carry["cotangents"])
         rest = {name: x for name, x in carry.items() if name not in ("received", "cotangents")}
         program = self._program(self.stages[number], way, _Work(moved, batch, microbatch, slot))
-        rest, found = program((rest, moved.received if way == "forward" else moved.cotangents))
-        return {**carry, **rest, "received" if way == "forward" else "cotangents": found}
+        rest, found = program((rest, carry[_PASSED[way]]))
+        return {**carry, **rest, _PASSED[way]: found}
 
-    def _rows(self) -> dict[str, Any]:
-        table = self.table
-        columns = ("forward_stage", "forward_microbatch", "forward_slot")
-        columns += ("backward_stage", "backward_microbatch", "backward_slot")
-        return {name: jnp.asarray(getattr(table, name)) for name in columns}
+    def _rows(self, phase: Phase) -> dict[str, Any]:
+        columns = [f"{way}_{what}" for way in phase.ways for what in ("stage", "microbatch", "slot")]
+        return {name: jnp.asarray(getattr(self.table, name)[phase.start : phase.stop]) for name in columns}
 
     def _strides(self) -> list[dict[str, int]]:
         """Per virtual stage, lines of a slot: chunks of one group share its slots."""
@@ -190,20 +198,23 @@ class Engine:
                 sizes[name] = max(sizes.get(name, 0), stride * counts[stage.number % self.degree])
         return dict(sorted(sizes.items()))
 
-    def _tick(self, carry: dict[str, Any], row: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
-        """One row of the table: a forward, a backward, and values moved on."""
+    def _tick(
+        self, carry: dict[str, Any], row: Mapping[str, Any], batch: Mapping[str, Any], ways: Sequence[str]
+    ) -> dict[str, Any]:
+        """One row of the table: a forward, a backward, or both; and values moved on."""
         mine = {name: lax.dynamic_index_in_dim(x, self.group, keepdims=False) for name, x in row.items()}
         moved = _Moved(carry["received"], carry["cotangents"])
         rest = {name: x for name, x in carry.items() if name not in ("received", "cotangents")}
-        for way, passed in (("forward", moved.received), ("backward", moved.cotangents)):
+        passed = moved._asdict()
+        for way in ways:
             work = _Work(moved, batch, mine[f"{way}_microbatch"], mine[f"{way}_slot"])
             programs = {
                 stage.number: self._program(stage, way, work) for stage in self.stages if self.works(stage, way)
             }
-            rest, found = take_turn(mine[f"{way}_stage"], programs, (rest, passed))
-            carry = {**carry, "received" if way == "forward" else "cotangents": found}
-        received, cotangents = self._shift(carry["received"], 1), self._shift(carry["cotangents"], -1)
-        return {**rest, "received": received, "cotangents": cotangents}
+            rest, passed[_PASSED[way]] = take_turn(mine[f"{way}_stage"], programs, (rest, passed[_PASSED[way]]))
+        for way in ways:
+            passed[_PASSED[way]] = self._shift(passed[_PASSED[way]], 1 if way == "forward" else -1)
+        return {**rest, **passed}
 
     def works(self, stage: Stage, way: str) -> bool:
         """Whether a stage has a program: where the schedule recomputes, the last forward is part of a backward."""

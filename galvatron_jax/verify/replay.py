@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from galvatron_jax.cost.compute import PUBLISHED_EFFICIENCY
-from galvatron_jax.cost.schedules import ScheduleTable
+from galvatron_jax.cost.schedules import WAYS, ScheduleTable
 from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.verify.hlo import Computation, Instruction, Module, read_module
 from galvatron_jax.verify.traffic import Traffic, collective_of, traffic_seconds
@@ -224,14 +224,17 @@ class _Replay:
         None where the loop is another one.
         """
         turns, table = _turns(body), self.table
-        if table is None or trips != table.num_ticks or not turns:
+        if table is None or not turns:
             return None
-        working = turn_order(table)
-        if len(turns) != len(working):
+        # Where forwards have a loop of their own, backwards have as many ticks, and as often the same groups at work.
+        alike = [p for p in table.phases if (p.length, len(turn_order(table, p.ways))) == (trips, len(turns))]
+        if not alike:
             return None
+        phase = alike[0]
+        working = turn_order(table, phase.ways)
         columns = {"forward": table.forward_stage, "backward": table.backward_stage}
         found: Counter[frozenset[frozenset[str]]] = Counter()
-        for tick in range(trips):
+        for tick in range(phase.start, phase.stop):
             found[
                 frozenset(
                     frozenset(
@@ -245,14 +248,14 @@ class _Replay:
         return found
 
 
-def turn_order(table: ScheduleTable) -> list[tuple[str, int]]:
+def turn_order(table: ScheduleTable, ways: Sequence[str] = WAYS) -> list[tuple[str, int]]:
     """The programs that a tick of a pipeline holds, in order: which way, and of which virtual stage.
 
     Where the schedule recomputes, the last stage's forward is part of its backward.
     """
     count = table.num_virtual_stages
-    forward = range(count - 1 if table.recomputes else count)
-    return [*(("forward", stage) for stage in forward), *(("backward", stage) for stage in range(count))]
+    stages = {"forward": range(count - 1 if table.recomputes else count), "backward": range(count)}
+    return [(way, stage) for way in ways for stage in stages[way]]
 
 
 def _turns(computation: Computation) -> list[str]:

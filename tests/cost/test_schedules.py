@@ -133,6 +133,20 @@ def test_gpipe_does_all_forwards_before_any_backward(num_microbatches: int) -> N
     assert slots(table) == (num_microbatches,) * 3
 
 
+@pytest.mark.parametrize("schedule", PIPELINES)
+def test_phases_are_all_ticks_in_order_and_hold_all_work(schedule: Schedule) -> None:
+    chunks = 2 if schedule is Schedule.INTERLEAVED else 1
+    table = make_table(schedule, num_stages=3, num_microbatches=6, num_chunks=chunks)
+    assert [phase.start for phase in table.phases] == [0, *(phase.stop for phase in table.phases[:-1])]
+    assert table.phases[-1].stop == table.num_ticks
+    for phase in table.phases:
+        for way in ("forward", "backward"):
+            at_work = getattr(table, f"{way}_stage")[phase.start : phase.stop] != IDLE
+            assert at_work.any() == (way in phase.ways)
+    assert (len(table.phases) == 2) == (schedule is Schedule.GPIPE)
+    assert table.ticks("forward") == table.ticks("backward") == table.num_ticks // len(table.phases)
+
+
 def test_one_stage_does_forward_and_backward_of_a_microbatch_in_a_tick() -> None:
     table = make_table(Schedule.NONE, num_stages=1, num_microbatches=5)
     assert table.forward_microbatch[:, 0].tolist() == table.backward_microbatch[:, 0].tolist() == [0, 1, 2, 3, 4]

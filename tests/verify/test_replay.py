@@ -187,9 +187,12 @@ def test_a_tick_of_a_pipeline_takes_as_long_as_its_slowest_group(schedule: Sched
     kernels = {("forward", 0): 1, ("forward", 1): 3, ("backward", 0): 2, ("backward", 1): 4}
     order = turn_order(table)
     bodies = [body(f"{way}_{stage}", kernels=kernels[way, stage]) for way, stage in order]
-    turns = "".join(loop(f"l_{way}_{stage}", calls=f"{way}_{stage}") for way, stage in order)
-    tick = "%tick (p: f32[125000]) -> f32[125000] {\n" + PARAMETER + turns + "}\n"
-    main = PARAMETER + loop("ticks", calls="tick", trips=table.num_ticks)
+    main, ticks = PARAMETER, []
+    for number, phase in enumerate(table.phases):
+        working = turn_order(table, phase.ways)
+        turns = "".join(loop(f"l_{way}_{stage}", calls=f"{way}_{stage}") for way, stage in working)
+        ticks.append(f"%tick{number} (p: f32[125000]) -> f32[125000] {{\n" + PARAMETER + turns + "}\n")
+        main += loop(f"ticks{number}", calls=f"tick{number}", trips=phase.length)
     expected = 0
     for row in range(table.num_ticks):
         busy = [0, 0]
@@ -199,8 +202,10 @@ def test_a_tick_of_a_pipeline_takes_as_long_as_its_slowest_group(schedule: Sched
                 if stage >= 0 and (way, stage) in order:
                     busy[group] += kernels[way, stage]
         expected += max(busy)
-    assert run(main, tick, *bodies, table=table).kernels == expected
-    assert run(main, tick, *bodies).kernels == table.num_ticks * sum(kernels[one] for one in order)
+    assert run(main, *ticks, *bodies, table=table).kernels == expected
+    assert run(main, *ticks, *bodies).kernels == sum(
+        phase.length * sum(kernels[one] for one in turn_order(table, phase.ways)) for phase in table.phases
+    )
 
 
 def test_the_last_stage_has_no_forward_of_its_own_where_it_is_recomputed() -> None:
