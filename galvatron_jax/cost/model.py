@@ -229,7 +229,8 @@ class CostModel:
         if key not in self._parameters:
             kind, owned = self.model.kinds[wiring.kind], wiring.owned
             publish = [c for parameter in parameters if parameter.port in owned for c in parameter.publish]
-            sync = [c for parameter in parameters for c in parameter.sync]
+            # A later user's gradient is added to the owner's before that is summed.
+            sync = [c for parameter in parameters if parameter.port in owned for c in parameter.sync]
             traffic = update_traffic_bytes(kind, parameters, owned=owned, optimizer=self.optimizer)
             memory = parameter_memory(kind, parameters, wiring=wiring, optimizer=self.optimizer, staged=self.staged)
             found = ParameterCost(

@@ -75,6 +75,20 @@ class Loop:
 Instruction = Convert | Apply | Loop
 
 
+def operands_of(instruction: Instruction) -> tuple[Version, ...]:
+    """Versions that an instruction reads."""
+    if isinstance(instruction, Convert):
+        return ((instruction.value, instruction.source),)
+    return instruction.operands
+
+
+def results_of(instruction: Instruction) -> tuple[Version, ...]:
+    """Versions that an instruction makes."""
+    if isinstance(instruction, Convert):
+        return ((instruction.value, instruction.target),)
+    return instruction.results
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """Why an operation is sharded as it is; kept for people who look."""

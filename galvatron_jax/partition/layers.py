@@ -95,6 +95,17 @@ class LocalPlan:
         """Whether the backward program reads an input port."""
         return port in self.backward_reads
 
+    @cached_property
+    def shared_versions(self) -> Mapping[Version, Version]:
+        """Versions in backward that are the same in forward, with their numbers there."""
+        return {
+            (value, number): (value, there.layouts.index(layout))
+            for value, held in self.held["backward"].items()
+            if (there := self.held["forward"].get(value)) is not None and there.lazy == held.lazy
+            for number, layout in enumerate(held.layouts)
+            if layout in there.layouts
+        }
+
 
 def plan_layer(
     kind: LayerKind,

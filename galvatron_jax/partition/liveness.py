@@ -10,7 +10,7 @@ from enum import IntEnum
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from galvatron_jax.partition.instructions import Convert, Instruction, Version
+from galvatron_jax.partition.instructions import Instruction, Version, operands_of, results_of
 
 if TYPE_CHECKING:
     from galvatron_jax.partition.counts import Amount, Tally
@@ -47,13 +47,9 @@ def needed(instructions: Sequence[Instruction], versions: Iterable[Version]) -> 
     wanted = set(versions)
     kept = []
     for instruction in reversed(instructions):
-        if isinstance(instruction, Convert):
-            made, read = [(instruction.value, instruction.target)], [(instruction.value, instruction.source)]
-        else:
-            made, read = list(instruction.results), list(instruction.operands)
-        if wanted.intersection(made):
+        if wanted.intersection(results_of(instruction)):
             kept.append(instruction)
-            wanted.update(read)
+            wanted.update(operands_of(instruction))
     return tuple(kept[::-1])
 
 

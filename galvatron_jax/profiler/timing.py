@@ -59,8 +59,7 @@ def sample(run: Callable[[int], object], *, sampling: Sampling = DEFAULT_SAMPLIN
     low, median, high = np.percentile(seconds, (25, 50, 75))
     if median <= 0:  # Noise is larger than the work: the whole call bounds it from above.
         median = np.median(pairs[:, 1]) / (1 + count)
-    once, more = pairs.min(axis=0)
-    least = (more - once) / count if more > once else more / (1 + count)
+    least = pairs[:, 1].min() / (1 + count)  # A difference of two leasts would be far off where one was disturbed.
     median, spread, least = agree(np.array([median, high - low, least]))
     return Timing(median_s=float(median), spread_s=float(spread), samples=total, least_s=float(least))
 

@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from galvatron_jax import _compat
+from galvatron_jax.partition.instructions import Version
 from galvatron_jax.partition.layers import LocalPlan
 from galvatron_jax.partition.layout import PENDING, Layout
 from galvatron_jax.partition.remat import Split, split
@@ -56,7 +57,9 @@ class AnnotatedLayer:
         """Shape of a value, the same in every layout."""
         return self.flat.avals[value].shape
 
-    def forward(self, inputs: Sequence[Any], ports: Container[int] | None = None) -> tuple[list[Any | None], list[Any]]:
+    def forward(
+        self, inputs: Sequence[Any], ports: Container[int] | None = None, made: dict[Version, Any] | None = None
+    ) -> tuple[list[Any | None], list[Any]]:
         """From the input ports' arrays to the output ports' and the residuals; ports not asked for are None."""
         kind = self.local.static.kind
         env = {p.value: x for p, x in zip(kind.inputs, inputs, strict=True)}
@@ -66,7 +69,13 @@ class AnnotatedLayer:
         ]
         return outputs, [self._constrain(v, self._read(env, v), "forward") for v in self.split.saved]
 
-    def backward(self, inputs: Sequence[Any], residuals: Sequence[Any], cotangents: Mapping[int, Any]) -> list[Any]:
+    def backward(
+        self,
+        inputs: Sequence[Any],
+        residuals: Sequence[Any],
+        cotangents: Mapping[int, Any],
+        made: Mapping[Version, Any] | None = None,
+    ) -> list[Any]:
         """From inputs, residuals and the output ports' cotangents to gradients, in order of the input ports."""
         kind = self.local.static.kind
         env = {p.value: x for p, x in zip(kind.inputs, inputs, strict=True) if x is not None}

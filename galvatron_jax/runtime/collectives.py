@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +19,16 @@ import numpy as np
 from jax.extend import core as jex
 
 from galvatron_jax import _compat
+from galvatron_jax.cost.schedules import WAYS
 from galvatron_jax.cost.sizes import LINE
 from galvatron_jax.partition.boundary import boundary_collectives
 from galvatron_jax.partition.counts import collective
-from galvatron_jax.partition.instructions import Convert, Instruction, Loop
+from galvatron_jax.partition.instructions import Convert, Instruction, Loop, Version, results_of
 from galvatron_jax.partition.layer_plan import BoundarySpec, Collective, PhasePlan
 from galvatron_jax.partition.layout import Step as LayoutStep
 from galvatron_jax.partition.layout import StepKind
 from galvatron_jax.partition.static import itemsize
-from galvatron_jax.runtime.emit import needed_forward
+from galvatron_jax.runtime.emit import needed_forward, still_to_do
 from galvatron_jax.runtime.engine import handed_back_packing, received_packing
 from galvatron_jax.runtime.execution import Executor, spec_of
 from galvatron_jax.runtime.hlo import hlo_computations
@@ -39,6 +40,7 @@ from galvatron_jax.runtime.stage import Stage, flows
 from galvatron_jax.runtime.stage_optimizer import StageOptimizer
 from galvatron_jax.runtime.step import Step
 from galvatron_jax.runtime.storage import Group, Storage
+from galvatron_jax.runtime.synchronise import joined_ties
 from galvatron_jax.spec.model import PortRole
 from galvatron_jax.spec.profile import CollectiveKind
 from galvatron_jax.spec.program import Program, sum_dtype
@@ -124,12 +126,14 @@ class _Prediction:
     def length(self, run: Run) -> int:
         return 1 if self.once else run.length
 
-    def of_phase(self, run: Run, phase: PhasePlan, ports: frozenset[int] | None = None) -> Sequence[Collective]:
-        program = run.local.static.program.program
-        if ports is None and not self.once:
+    def of_phase(
+        self, run: Run, phase: PhasePlan, instructions: Sequence[Instruction] | None = None
+    ) -> Sequence[Collective]:
+        """Collectives of a phase, or of some of its instructions."""
+        if instructions is None and not self.once:
             return phase.collectives
-        instructions = phase.instructions if ports is None else needed_forward(run.local, ports)
-        return list(_in_text(instructions, program, self.once))
+        chosen = phase.instructions if instructions is None else instructions
+        return list(_in_text(chosen, run.local.static.program.program, self.once))
 
     # -------------------------------------------------------------------------------------------- one micro-batch
 
@@ -138,15 +142,34 @@ class _Prediction:
         for number, run in enumerate(executor.runs):
             self.forward(executor.storage, number, run, executor.read_here(number) if residuals_only else None)
 
-    def all_backward(self, executor: Executor, cotangents: set[str]) -> None:
-        """The same backward, from the references that have a cotangent."""
-        for run in reversed(executor.runs):
-            self.backward(run, cotangents)
+    def all_backward(
+        self, executor: Executor, cotangents: set[str], *, at_once: bool = True, residuals_only: bool = False
+    ) -> None:
+        """The same backward, from the references that have a cotangent.
+
+        Args:
+            executor: whose layers.
+            cotangents: references.
+            at_once: whether forward came right before, so that the last layer does nothing of it again.
+            residuals_only: whether that forward made only what backward needs.
+        """
+        last = len(executor.runs) - 1
+        for number, run in reversed(list(enumerate(executor.runs))):
+            made = frozenset[Version]()
+            if at_once and number == last and run.length == 1:
+                made = _made_before(run, executor.read_here(number) if residuals_only else None)
+            self.backward(run, cotangents, made)
 
     def all_synchronise(self, executor: Executor) -> None:
         """Once a step."""
+        joined = self.joined(executor)
         for number, run in enumerate(executor.runs):
-            self.synchronise(executor.storage, number, run)
+            self.synchronise(executor.storage, number, run, joined)
+
+    def joined(self, executor: Executor) -> Container[tuple[int, int]]:
+        """(Run, port) of the gradients that are added to others before these are summed."""
+        ports = [(number, port) for number, run in enumerate(executor.runs) for port in range(len(run.inputs))]
+        return joined_ties(executor, ports)
 
     def forward(self, storage: Storage, number: int, run: Run, ports: frozenset[int] | None = None) -> None:
         plan = run.local.plan
@@ -159,7 +182,8 @@ class _Prediction:
                 continue
             for reference in way.references if way.way is Way.STACKED else way.references[:1]:
                 self.move_value(reference, self.specs[reference], run.local.input_spec(port))
-        self.add(self.of_phase(run, plan.forward, ports), self.length(run))
+        needed = None if ports is None else needed_forward(run.local, ports)
+        self.add(self.of_phase(run, plan.forward, needed), self.length(run))
         for port, references in enumerate(run.outputs):
             if ports is not None and port not in ports:
                 continue
@@ -173,8 +197,11 @@ class _Prediction:
                 spec = self.specs[reference]
                 self.move_value(reference, spec, ((),) * len(spec))
 
-    def backward(self, run: Run, cotangents: set[str]) -> None:
-        """Seeds, the backward program, and what it hands back; `cotangents` are the references that have one."""
+    def backward(self, run: Run, cotangents: set[str], made: frozenset[Version]) -> None:
+        """Seeds, the backward program but for what is made, and what it hands back.
+
+        `cotangents` are the references that have one.
+        """
         kind, plan = run.local.static.kind, run.local.plan
         ports = [p for p, port in enumerate(kind.inputs) if port.gradient is not None]
         if not ports:
@@ -191,7 +218,8 @@ class _Prediction:
             if port in carried:
                 first = run.outputs[port][0]
                 self.move_value(first, self.specs[first], run.local.output_spec(port), self.length(run))
-        self.add(self.of_phase(run, plan.backward), self.length(run))
+        left = still_to_do(plan.backward.instructions, made) if made else None
+        self.add(self.of_phase(run, plan.backward, left), self.length(run))
         for port in ports:
             if kind.inputs[port].role is not PortRole.PARAMETER:
                 self.hand_back(run, port, cotangents)
@@ -205,18 +233,19 @@ class _Prediction:
 
     # -------------------------------------------------------------------------------------------- once a step
 
-    def synchronise(self, storage: Storage, number: int, run: Run) -> None:
+    def synchronise(self, storage: Storage, number: int, run: Run, joined: Container[tuple[int, int]]) -> None:
         for port, way in enumerate(run.inputs):
             if run.local.static.kind.inputs[port].role is not PortRole.PARAMETER:
                 continue
             stacked = run.length if way.way is Way.STACKED else 1
-            if run.local.static.kind.inputs[port].gradient is not None:
+            summed = run.local.static.kind.inputs[port].gradient is not None and (number, port) not in joined
+            if summed:
                 for rows in self.gradient_rows(number, port, stacked):
                     self.steps(run, port, run.local.sync[port], rows)
             if (number, port) in storage.owned:
                 for rows in self.published_rows(storage.group(storage.owned[number, port]), stacked):
                     self.steps(run, port, run.local.publish[port], rows)
-            elif run.local.static.kind.inputs[port].gradient is not None:
+            elif summed:
                 group = storage.group(storage.tied[number, port])
                 source = spec_of(run, port, optimizer=True)
                 self.move(group.shape, group.dtype, source, group.boundary(optimizer=True))
@@ -250,7 +279,7 @@ class _StepPrediction(_Prediction):
 
 
 class _PipelinePrediction(_Prediction):
-    """A step of several stages: what stands in the branches of all of them, as often as the schedule has ticks."""
+    """A step of several stages: what stands in the branches of all of them, as often as the schedule has such ticks."""
 
     optimizer: StageOptimizer
     synchronised: Stage
@@ -260,20 +289,26 @@ class _PipelinePrediction(_Prediction):
         """All of its collectives."""
         self.optimizer = step.optimizer_program
         table, axes = step.table, step.plan.pipeline_axes
-        self.turns = 1 if self.once else table.num_ticks
+        forwards, backwards = (1 if self.once else table.ticks(way) for way in WAYS)
         for stage in step.stages:
+            self.turns = forwards
             if not (table.recomputes and stage.last):
                 self.all_forward(stage.executor)
+            self.turns = backwards
             if table.recomputes:
                 self.all_forward(stage.executor, residuals_only=not stage.last)
+            self.turns = backwards if table.recomputes else forwards
             if stage.last:
                 self.measures()
+            self.turns = backwards
             flowing = flows(self.traced.spec)
             cotangents = (
                 {dict(self.traced.spec.results)["loss"]} if stage.last else {r for r in stage.sends if r in flowing}
             )
-            self.all_backward(stage.executor, cotangents)
-        for packing in (received_packing(step.stages), handed_back_packing(step.stages)):
+            again = table.recomputes
+            self.all_backward(stage.executor, cotangents, at_once=again, residuals_only=again and not stage.last)
+        packings = received_packing(step.stages), handed_back_packing(step.stages)
+        for self.turns, packing in zip((forwards, backwards), packings, strict=True):
             for dtype, lines in packing.sizes.items():
                 self.count("collective-permute", axes, lines * LINE * itemsize(dtype), dtype)
         self.turns = 1
@@ -281,6 +316,11 @@ class _PipelinePrediction(_Prediction):
             self.all_synchronise(self.synchronised.executor)
         self.once_a_step(step)
         return +self.found
+
+    def joined(self, executor: Executor) -> Container[tuple[int, int]]:
+        """Those of one batch of synchronisation."""
+        batches = self.synchronised.synchronised_batches
+        return {at for batch in batches for at in joined_ties(executor, batch.names)}
 
     def gradient_rows(self, number: int, port: int, layers: int) -> list[int]:
         """Of how many layers a gradient is synchronised at once."""
@@ -324,6 +364,14 @@ class _PipelinePrediction(_Prediction):
     def count(self, kind: str, axes: tuple[str, ...], size: int, dtype: str) -> None:
         """One more collective."""
         self.found[CollectiveSignature(kind, axes, size, dtype)] += self.turns
+
+
+def _made_before(run: Run, ports: frozenset[int] | None) -> frozenset[Version]:
+    """Versions of backward that a forward right before it has made, for all output ports or for some."""
+    local = run.local
+    instructions = local.forward if ports is None else needed_forward(local, ports)
+    made = {version for each in instructions for version in results_of(each)}
+    return frozenset(here for here, there in local.shared_versions.items() if there in made)
 
 
 def _counts(parts: Sequence[Range | None], layers: int) -> list[int]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from galvatron_jax.partition.instructions import Apply, Convert, Instruction, Loop, Version
+from galvatron_jax.partition.instructions import Apply, Convert, Instruction, Loop, Version, results_of
 from galvatron_jax.partition.layers import LocalPlan
 from galvatron_jax.partition.layout import NOWHERE, Step, StepKind
 from galvatron_jax.partition.liveness import needed
@@ -205,6 +205,11 @@ def needed_forward(local: LocalPlan, ports: Container[int]) -> tuple[Instruction
     return needed(local.forward, versions)
 
 
+def still_to_do(instructions: Sequence[Instruction], made: Container[Version]) -> list[Instruction]:
+    """The instructions of which something is not made yet."""
+    return [each for each in instructions if any(version not in made for version in results_of(each))]
+
+
 @dataclass(frozen=True)
 class LayerProgram:
     """A planned layer as two functions on local arrays."""
@@ -213,12 +218,15 @@ class LayerProgram:
     flat: FlatProgram
     via: Collectives = REAL
 
-    def forward(self, inputs: Sequence[Any], ports: Container[int] | None = None) -> tuple[list[Any | None], list[Any]]:
+    def forward(
+        self, inputs: Sequence[Any], ports: Container[int] | None = None, made: dict[Version, Any] | None = None
+    ) -> tuple[list[Any | None], list[Any]]:
         """From the input ports' arrays to the output ports' and the residuals.
 
         Args:
             inputs: local arrays.
             ports: which outputs are wanted; None for all. The others are None.
+            made: takes all that is made on the way, for a backward that follows at once.
         """
         kind = self.local.static.kind
         evaluator = Evaluator(self.local, self.flat, self.via)
@@ -230,6 +238,8 @@ class LayerProgram:
                 zip(self.local.output_versions, kind.outputs, self.local.outputs, strict=True)
             )
         ]
+        if made is not None:
+            made.update(evaluator.env)
         return outputs, [evaluator.read((r.value, r.version)) for r in self.local.residuals]
 
     def _whole(self, x: Any, value: int, layout: tuple[int, ...]) -> Any:
@@ -253,8 +263,21 @@ class LayerProgram:
         whole = run_steps(x, how.steps, shape, via=_summands(self.via))
         return jnp.where(self.via.index(how.repeated) == 0, whole, jnp.zeros_like(whole)) if how.repeated else whole
 
-    def backward(self, inputs: Sequence[Any], residuals: Sequence[Any], cotangents: Mapping[int, Any]) -> list[Any]:
-        """From inputs, residuals and the output ports' cotangents to gradients, in order of the input ports."""
+    def backward(
+        self,
+        inputs: Sequence[Any],
+        residuals: Sequence[Any],
+        cotangents: Mapping[int, Any],
+        made: Mapping[Version, Any] | None = None,
+    ) -> list[Any]:
+        """From inputs, residuals and the output ports' cotangents to gradients, in order of the input ports.
+
+        Args:
+            inputs: as forward took them.
+            residuals: as forward gave them.
+            cotangents: by output port.
+            made: what forward made, if this follows at once: none of it is done again.
+        """
         kind = self.local.static.kind
         evaluator = Evaluator(self.local, self.flat, self.via)
         evaluator.env.update({(p.value, 0): x for p, x in zip(kind.inputs, inputs, strict=True) if x is not None})
@@ -264,7 +287,10 @@ class LayerProgram:
             seed = kind.outputs[q].cotangent
             assert seed is not None, f"output {q} has no cotangent"
             evaluator.env[seed, 0] = x
-        evaluator.run(self.local.backward)
+        made = made or {}
+        again = self.local.shared_versions
+        evaluator.env.update({v: made[again[v]] for v in again if v not in evaluator.env and again[v] in made})
+        evaluator.run(still_to_do(self.local.backward, evaluator.env) if made else self.local.backward)
         gradients = [p.gradient for p in kind.inputs if p.gradient is not None]
         return [
             jnp.broadcast_to(evaluator.read(v), self.shape(gradient, layout))

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from galvatron_jax.partition.boundary import boundary_steps
+from galvatron_jax.partition.instructions import Version
 from galvatron_jax.partition.layer_plan import BoundarySpec
 from galvatron_jax.partition.remat import plainest
 from galvatron_jax.partition.static import StaticKind
@@ -56,6 +57,8 @@ class Tape:
     inputs: list[Any]
     """Per port: a value for all layers, or one for each, stacked or in `Rows`; None where backward reads none."""
     residuals: list[Any]
+    made: dict[Version, Any] = field(default_factory=dict)
+    """By the last layer's forward, whose backward may follow at once."""
 
 
 @dataclass
@@ -203,11 +206,13 @@ class Executor:
         """Runs the layers of a run; puts what others read into the store: some output ports, or all."""
         inputs = [self.input(number, run, port, parameters, store) for port in range(len(run.inputs))]
         if run.length == 1:
-            outputs, residuals = self.program(run).forward(inputs, ports)
+            made: dict[Version, Any] = {}
+            outputs, residuals = self.program(run).forward(inputs, ports, made)
             for port, x in enumerate(outputs):
                 if x is not None:
                     self._keep(run, port, store, [x])
-            return Tape([self._needed(run, p, x) for p, x in enumerate(inputs)], residuals)
+            last = number == len(self.runs) - 1
+            return Tape([self._needed(run, p, x) for p, x in enumerate(inputs)], residuals, made if last else {})
         return self.forward_loop(run, inputs, store)
 
     def input(self, number: int, run: Run, port: int, parameters: Mapping[str, Any], store: Mapping[str, Any]) -> Any:
@@ -301,7 +306,7 @@ class Executor:
             seeds = {q: self._seed_of(run, q, 0, cotangents) for q in self._seeded(run)}
             if number < len(self.runs) - 1:  # The last one's backward follows its forward: nothing is kept in between.
                 tape = self._fenced(number, tape, seeds)
-            grads = self.program(run).backward(tape.inputs, tape.residuals, seeds)
+            grads = self.program(run).backward(tape.inputs, tape.residuals, seeds, tape.made)
             found = dict(zip(ports, grads, strict=True))
         else:
             found = self.backward_loop(number, run, tape, cotangents, totals)

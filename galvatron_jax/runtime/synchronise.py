@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class Synchroniser:
         """The same of some gradients alone, or of some rows of them; what belongs to one parameter is added up."""
         storage, sizes = self.executor.storage, self.executor.layouts.mesh
         found: dict[str, Any] = {}
-        for (number, port), x in gradients.items():
+        for (number, port), x in self._joined(gradients).items():
             run = self.executor.runs[number]
             key = storage.owned.get((number, port))
             x = self._reduced(run, port, x * scale.astype(x.dtype), stacked=run.inputs[port].way is Way.STACKED)
@@ -51,6 +51,13 @@ class Synchroniser:
             group = storage.group(key)
             x = _like(x, group.local_shape(sizes, optimizer=True), stacked=group.stacked)
             found[key] = found[key] + x if key in found else x
+        return found
+
+    def _joined(self, gradients: Gradients) -> Gradients:
+        """Gradients of tied parameters added to their owners' before they are summed, where these wait alike."""
+        found = dict(gradients)
+        for at, owner in joined_ties(self.executor, gradients).items():
+            found[owner] = found[owner] + jnp.reshape(found.pop(at), found[owner].shape)
         return found
 
     def _reduced(self, run: Run, port: int, x: Any, *, stacked: bool) -> Any:
@@ -106,6 +113,29 @@ class Synchroniser:
             n // math.prod(axes[a] for factor in dim for a in factor)
             for n, dim in zip(whole, entry.optimizer, strict=True)
         )
+
+
+def joined_ties(executor: Executor, ports: Collection[tuple[int, int]]) -> dict[tuple[int, int], tuple[int, int]]:
+    """From (run, port) of tied parameters to those of their owners, where their gradients are summed in the same way.
+
+    Args:
+        executor: whose layers.
+        ports: (run, port) of the gradients that are synchronised together.
+    """
+    storage, runs = executor.storage, executor.runs
+    owners = {key: at for at, key in storage.owned.items()}
+    found = {}
+    for at, key in storage.tied.items():
+        owner = owners[key]
+        group = storage.group(key)
+        if at not in ports or owner not in ports or group.stacked or any(len(dim) > 1 for dim in group.dims):
+            continue
+        (run, port), (other, place) = (runs[at[0]], at[1]), (runs[owner[0]], owner[1])
+        if run.local.sync[port] == other.local.sync[place] and spec_of(run, port, optimizer=True) == spec_of(
+            other, place, optimizer=True
+        ):
+            found[at] = owner
+    return found
 
 
 def _like(x: Any, shape: tuple[int, ...], *, stacked: bool) -> Any:

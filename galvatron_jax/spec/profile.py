@@ -30,7 +30,7 @@ class Timing(Record):
     """Interquartile range."""
     samples: int = 1
     least_s: float | None = None
-    """What the quickest samples say: a machine's other work only adds to it."""
+    """Of the quickest sample, a share of what it takes to call it included: a machine's other work only adds to it."""
 
 
 class LocalShape(Record):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import optax
 import pytest
 
 from galvatron_jax.errors import DeadlockError
+from galvatron_jax.partition.instructions import Convert, Instruction, results_of
 from galvatron_jax.runtime import packing
 from galvatron_jax.runtime.collectives import (
     CollectiveSignature,
@@ -15,7 +19,9 @@ from galvatron_jax.runtime.collectives import (
     predicted_collectives,
     traced_collectives,
 )
+from galvatron_jax.runtime.emit import still_to_do
 from galvatron_jax.runtime.hlo import check_deadlocks, permutes_in_branches
+from galvatron_jax.spec.model import PortRole
 from galvatron_jax.spec.plan import Schedule
 from galvatron_jax.spec.profile import CollectiveKind
 from tests.models import MODELS
@@ -73,6 +79,28 @@ def test_zero_3_gathers_parameters_in_every_microbatch() -> None:
     assert bytes_by_group(compiled_collectives(four))[group] == 4 * bytes_by_group(compiled_collectives(one))[group]
 
 
+@pytest.mark.parametrize("model", ["gpt2", "t5"])
+def test_gradients_of_tied_parameters_are_added_up_before_they_are_summed(model: str) -> None:
+    step = Case(model, "dp8", 1).build(OPTIMIZER)
+    loss = 4
+    parameters = sum(math.prod(each.shape) * 4 for each in step.traced.spec.parameters)
+    assert bytes_by_group(predicted_collectives(step)) == {("all-reduce", ("a", "b", "c")): parameters + loss}
+
+
+def test_backward_right_behind_forward_gathers_no_parameter_again() -> None:
+    """The head's: its backward follows at once."""
+    step = Case("gpt2", "tp4-zero3", 1).build(OPTIMIZER)
+    local = step.executor.runs[-1].local
+    parameters = {port.value for port in local.static.kind.inputs if port.role is PortRole.PARAMETER}
+
+    def gathered(instructions: Sequence[Instruction]) -> set[int]:
+        return {each.value for each in instructions if isinstance(each, Convert)} & parameters
+
+    made = {version for each in local.forward for version in results_of(each)}
+    left = still_to_do(local.backward, [here for here, there in local.shared_versions.items() if there in made])
+    assert gathered(local.forward) >= gathered(local.backward) > gathered(left) == set()
+
+
 @pytest.mark.parametrize("model", ["gpt2", "llama", "vit", "mamba", "swin"])
 def test_gradients_are_synchronised_once_whatever_the_number_of_microbatches(model: str) -> None:
     one, four = (predicted_collectives(Case(model, "dp8", m).build(OPTIMIZER)) for m in (1, 4))
@@ -105,6 +133,12 @@ def test_collectives_of_large_stacks_are_as_planned(mix: str, monkeypatch: pytes
     assert bytes_by_group(planned) == bytes_by_group(whole)
     assert traced_collectives(step) == planned
     assert lowered_collectives(step) == predicted_collectives(step, once=True)
+
+
+def test_gpipe_sends_values_one_way_at_a_time() -> None:
+    step = PipelineCase("llama", 2, Schedule.GPIPE, "dp", 4).build(OPTIMIZER)
+    moved = [n for signature, n in predicted_collectives(step).items() if signature.kind == "collective-permute"]
+    assert sum(moved) == step.table.num_ticks == 2 * (4 + 2 - 1)
 
 
 def test_pipelines_synchronise_gradients_once_whatever_the_number_of_microbatches() -> None:
