@@ -29,7 +29,7 @@ def measure(full: bool, *, link: str, only: Sequence[str] | None) -> Outcome:
     """Every schedule with every number of micro-batches."""
     bandwidth = None if link == "open" else float(link) * 1e6
     results = []
-    with Testbed(bandwidth_bits_per_s=bandwidth) as bed:
+    with Testbed(bandwidth_bits_per_s=bandwidth, alone=True) as bed:
         for schedule in SCHEDULES:
             for count in COUNTS:
                 if only and f"{schedule}:{count}" not in only:

@@ -3,10 +3,10 @@
 Profiles the hosts and a model's layers on each link, searches, and measures the plan found beside 35 others: data
 parallelism with every ZeRO stage, tensor and both kinds of sequence parallelism, pipelines of every schedule, remat,
 and many micro-batches. All take their turn in three rounds, and layers and collectives with them: a shared machine's
-speed changes by the minute. A figure is the least of its repeats, whether of a step, a layer or a collective, as delays
-only add to it; the record has the steps' median and most too. It takes long, and can be interrupted: rounds that were
-done stay in `--folder`, and the next run goes on there. `--seconds` ends a run before it would itself. `--quick` takes
-one model, two links and a dozen plans.
+speed changes by the minute. A step's figure is the least of its repeats, and so is a layer's, as delays only add to
+them; of a collective, which a step has many of, it is the median. The record has the steps' median and most too. It
+takes long, and can be interrupted: rounds that were done stay in `--folder`, and the next run goes on there.
+`--seconds` ends a run before it would itself. `--quick` takes one model, two links and a dozen plans.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def measure(full: bool, *, quick: bool, seconds: float, folder: str) -> Outcome:
     links = ("open", "500 Mbit/s") if quick else tuple(LINKS)
     names = QUICK if quick else None
     begin, rows = time.monotonic(), []
-    with Testbed() as bed:
+    with Testbed(alone=True) as bed:
         print(f"network: {bed.network}")
         if bed.why_loopback is not None:
             links = ("open",)

@@ -37,7 +37,7 @@ from galvatron_jax.spec.profile import Profile
 from galvatron_jax.trace.model import Traced, trace
 
 OPTIMIZER = optax.adamw(1e-3)
-EFFORT = Sampling(budget_s=1.0, min_samples=5)
+EFFORT = Sampling(budget_s=3.0, min_samples=7)
 SPACE = SearchSpace(pipeline_degrees=None, disabled_rules=frozenset({Rule.TP_ACROSS_NODES}))
 """Each host has one device, so all parallelism is across."""
 
@@ -77,7 +77,8 @@ def _profiles(
     layers = None
     for link in links:
         set_link(link)
-        options = {"cache_dir": place / f"cache {file_name(link)} {number}", "progress": False, "sampling": EFFORT}
+        cache = str(place / f"cache {file_name(link)} {number}")
+        options = {"cache_dir": cache, "progress": False, "sampling": EFFORT}
         cluster_file = place / f"cluster {file_name(link)}.json"
         cluster = ClusterSpec.load(cluster_file) if number else live_cluster(**options)
         if layers is None:
@@ -171,7 +172,7 @@ class Ready:
 
 def _add(path: Path, plan: dict, times: Mapping[str, Sequence[float]]) -> None:
     """Adds a round to a plan's record, in one go."""
-    record = json.loads(path.read_text()) if path.exists() else {}
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if record.get("plan") != plan:
         record = {"plan": plan, "rounds": 0, "seconds": {link: [] for link in times}}
     record["rounds"] += 1

@@ -71,7 +71,7 @@ class Bench:
         return min((record["rounds"] if record else 0 for record in records), default=ROUNDS)
 
     def profile(self, link: str) -> Profile:
-        """The least of every point, as of the steps: what else runs on the machine, or beside it, only adds."""
+        """Of all rounds."""
         pattern = f"profile {file_name(link)} *.json"
         return quietest([Profile.load(path) for path in sorted(self.folder.glob(pattern))])
 
@@ -117,10 +117,13 @@ class Bench:
 
 
 def quietest(profiles: Sequence[Profile]) -> Profile:
-    """One profile with the least of every point's figures."""
+    """One profile of several: the least that a layer took, as of steps; of a collective, one of many, the median."""
 
-    def timing(found: Sequence[Timing]) -> Timing:
+    def least(found: Sequence[Timing]) -> Timing:
         return Timing(median_s=min(each.median_s if each.least_s is None else each.least_s for each in found))
+
+    def middle(found: Sequence[Timing]) -> Timing:
+        return Timing(median_s=statistics.median(each.median_s for each in found))
 
     layers: dict[tuple, list[LayerTiming]] = {}
     collectives: dict[tuple, list[CollectiveTiming]] = {}
@@ -130,11 +133,11 @@ def quietest(profiles: Sequence[Profile]) -> Profile:
         for each in profile.collectives:
             collectives.setdefault((each.kind, each.axis_size, each.level, each.bytes), []).append(each)
     quiet_layers = [
-        own[0].model_copy(update={key: timing([getattr(each, key) for each in own]) for key in ("forward", "backward")})
+        own[0].model_copy(update={key: least([getattr(each, key) for each in own]) for key in ("forward", "backward")})
         for own in layers.values()
     ]
     quiet_collectives = [
-        own[0].model_copy(update={"timing": timing([each.timing for each in own])}) for own in collectives.values()
+        own[0].model_copy(update={"timing": middle([each.timing for each in own])}) for own in collectives.values()
     ]
     return profiles[0].model_copy(update={"layers": tuple(quiet_layers), "collectives": tuple(quiet_collectives)})
 

@@ -41,6 +41,10 @@ def _work(job: dict[str, Any]) -> None:
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(job["address"], num_processes=job["hosts"], process_id=job["host"])
+    earlier = set(_threads())
+    jax.devices()  # makes gloo's connections
+    if job["alone"]:
+        _yield_core([thread for thread in _threads() if thread not in earlier])
     module, _, name = job["function"].partition(":")
     value = getattr(importlib.import_module(module), name)(**job["arguments"])
     answer = Path(job["answer"])
@@ -48,6 +52,25 @@ def _work(job: dict[str, Any]) -> None:
     partial.write_text(json.dumps(value))
     partial.replace(answer)
     jax.distributed.shutdown()
+
+
+def _threads() -> list[int]:
+    return [int(name) for name in os.listdir("/proc/self/task")]
+
+
+def _yield_core(threads: list[int]) -> None:
+    """Lets gloo's thread, the one of these that waits for sockets, run only while the host's core has nothing to do.
+
+    A message may come before the buffer that it is for. Then that thread asks for events over and over, until the other
+    one has made the buffer (gloo, `transport/tcp/pair.cc`), which on a single core waits for the next tick of the
+    kernel's clock: most all-reduces and all-gathers, whatever their size, took 4 ms. Those of 4 KiB take 0.2 ms so.
+    """
+    for thread in threads:
+        try:
+            if "epoll" in Path(f"/proc/self/task/{thread}/wchan").read_text():
+                os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+        except OSError:
+            continue  # It has ended, or one may not look.
 
 
 def describe_host(**arguments: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from galvatron_jax.spec.cluster import ClusterSpec
 from galvatron_jax.spec.plan import Schedule
 from galvatron_jax.spec.plan_checks import check_plan
 from galvatron_jax.spec.presets import cluster_preset
-from galvatron_jax.spec.profile import Timing
+from galvatron_jax.spec.profile import LayerTiming, LocalShape, Timing
 from galvatron_jax.spec.strategy import Remat, SequenceParallel
 from tests.search.fake import toy_model
 
@@ -84,16 +84,22 @@ def test_rounds_go_on_where_they_were_ended(bench: Bench) -> None:
     assert bench.done(names) == 1
 
 
-def test_of_several_profiles_the_least_of_every_point_counts(bench: Bench) -> None:
-    first = bench.profile("open")
-    timings = [t.model_copy(update={"timing": Timing(median_s=9.0, least_s=1e-9)}) for t in first.collectives[:1]]
-    second = first.model_copy(update={"collectives": (*timings, *first.collectives[1:])})
-    second.save(bench.folder / f"profile {file_name('open')} 1.json")
-    found = bench.profile("open").collectives
-    assert found[0].timing.median_s == 1e-9
-    assert found[1:] == tuple(
-        each.model_copy(update={"timing": Timing(median_s=each.timing.median_s)}) for each in first.collectives[1:]
-    )
+def test_of_several_profiles_the_least_layer_and_the_median_collective_count(bench: Bench) -> None:
+    def timing(median: float, least: float) -> Timing:
+        return Timing(median_s=median, least_s=least)
+
+    profile = bench.profile("open")
+    shape = LocalShape(batch=1)
+    for number, (middle, least) in enumerate([(3.0, 2.0), (5.0, 1.0), (4.0, 4.0)]):
+        layer = LayerTiming(
+            kind="k", shape=shape, remat=Remat.NONE, forward=timing(middle, least), backward=timing(9.0, 9.0 - number)
+        )
+        collectives = [each.model_copy(update={"timing": timing(middle, least)}) for each in profile.collectives]
+        update = {"layers": (layer,), "collectives": tuple(collectives)}
+        profile.model_copy(update=update).save(bench.folder / f"profile {file_name('open')} {number}.json")
+    found = bench.profile("open")
+    assert (found.layers[0].forward.median_s, found.layers[0].backward.median_s) == (1.0, 7.0)
+    assert {each.timing.median_s for each in found.collectives} == {4.0}
 
 
 def test_rows_and_their_summary() -> None:
