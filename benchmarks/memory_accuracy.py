@@ -1,10 +1,11 @@
 """Predicted memory against what XLA's GPU compiler asks for, plan by plan, for H100s that need not be here.
 
 Beside the predicted bytes of the device that needs most stands `peak_memory_in_bytes` of the compiled step: its
-arguments, and one block for all that lives in between. Models have their published depths: a run of layers is one loop,
-whose bytes grow with its length and whose compile time does not. Kernels are compiled without LLVM's optimisations,
-which buffers do not depend on. A pair that was compiled is kept in `--found FILE`, where the next call goes on; `--pair
-TEXT` runs those whose name contains it. Needs the `verify` extra, and no GPU.
+arguments, and one block for all that lives in between; and beside the planned bytes of every collective operation and
+group of devices, those of the compiled program, with the reason where they differ. Models have their published depths:
+a run of layers is one loop, whose bytes grow with its length and whose compile time does not. Kernels are compiled
+without LLVM's optimisations, which buffers do not depend on. A pair that was compiled is kept in `--found FILE`, where
+the next call goes on; `--pair TEXT` runs those whose name contains it. Needs the `verify` extra, and no GPU.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import optax
 from harness import Claim, Outcome, run
+from parts.collective_notes import explained, unlike
 from parts.draw_memory import draw
 from parts.memory_pairs import PAIRS, SAMPLE, Pair
 
@@ -40,6 +42,8 @@ OPTIONS = {
     "found": {"type": Path, "help": "file of compiled figures to go on with, and to add to"},
 }
 OPTIMIZER = optax.adamw(1e-3)
+DIFFERING = len(PAIRS) - 40
+"""Pairs whose collectives may differ from the plan."""
 
 
 def predicted(pair: Pair, traced: Traced) -> dict[str, int]:
@@ -88,7 +92,9 @@ def row(pair: Pair, known: dict[str, dict[str, Any]], found: Path | None) -> dic
                 file.write(json.dumps({"pair": pair.name, **figures}) + "\n")
     parts = predicted(pair, traced)
     error = parts["peak_bytes"] / figures["peak_bytes"] - 1
-    return {"pair": pair.name, "devices": pair.devices, "pp": pair.pp, **figures, "predicted": parts, "error": error}
+    why = explained(pair.name, figures["collectives"])
+    line = {"pair": pair.name, "devices": pair.devices, "pp": pair.pp, **figures, "predicted": parts, "error": error}
+    return line | ({"why_collectives_differ": why} if why else {})
 
 
 def shown(line: dict[str, Any]) -> str:
@@ -100,10 +106,17 @@ def shown(line: dict[str, Any]) -> str:
     }  # fmt: skip
     pieces = ", ".join(f"{name} {format_bytes(parts[f'{part}_bytes'])}" for name, part in named.items())
     exact = "" if parts["argument_bytes"] == line["argument_bytes"] else "  ARGUMENTS DIFFER"
+    others = ", ".join(
+        f"{each['operation']} over {each['axes']} {each['bytes'] / each['planned_bytes'] - 1:+.1%}"
+        if each["planned_bytes"]
+        else f"{each['operation']} over {each['axes']} not planned"
+        for each in unlike(line["collectives"])
+    )
+    moved = f"\n  bytes compiled over planned: {others} ({line.get('why_collectives_differ', 'NOT EXPLAINED')})"
     return (
         f"{line['pair']}: peak {format_bytes(line['peak_bytes'])} (arguments {format_bytes(line['argument_bytes'])}, "
         f"temporary {format_bytes(line['temporary_bytes'])}), predicted {format_bytes(parts['peak_bytes'])} "
-        f"({pieces}): {line['error']:+.1%}{exact}"
+        f"({pieces}): {line['error']:+.1%}{exact}{moved if others else ''}"
     )
 
 
@@ -132,7 +145,13 @@ def claims(rows: list[dict[str, Any]]) -> list[Claim]:
                 0,
             ),
         ]
-    return found
+    differing = [line for line in rows if unlike(line["collectives"])]
+    unexplained = sum("why_collectives_differ" not in line for line in differing)
+    return [
+        *found,
+        Claim(f"pairs of {len(rows)} whose collectives move other bytes than planned", len(differing), DIFFERING),
+        Claim("those of them without an explanation", unexplained, 0),
+    ]
 
 
 def measure(full: bool, *, pair: str | None, found: Path | None) -> Outcome:

@@ -16,7 +16,14 @@ def module(monkeypatch: pytest.MonkeyPatch):
     import memory_accuracy  # beside the scripts, as they are run
 
     yield memory_accuracy
-    for name in ("memory_accuracy", "harness", "parts.memory_pairs", "parts.draw_memory", "parts"):
+    for name in (
+        "memory_accuracy",
+        "harness",
+        "parts.memory_pairs",
+        "parts.draw_memory",
+        "parts.collective_notes",
+        "parts",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -38,9 +45,9 @@ def test_the_pairs_cover_models_dtypes_strategies_schedules_and_sizes(module) ->
         assert plan.pipeline_degree == pair.pp
 
 
-def line(peak: int, total: int, *, pp: int = 1, arguments: int = 5) -> dict:
+def line(peak: int, total: int, *, pp: int = 1, arguments: int = 5, collectives: tuple = ()) -> dict:
     return {
-        "pp": pp, "peak_bytes": peak, "argument_bytes": 5, "error": total / peak - 1,
+        "pp": pp, "peak_bytes": peak, "argument_bytes": 5, "error": total / peak - 1, "collectives": collectives,
         "predicted": {"peak_bytes": total, "argument_bytes": arguments},
     }  # fmt: skip
 
@@ -63,3 +70,25 @@ def test_claims_are_of_all_pairs_and_of_those_of_one_stage(module) -> None:
 def test_the_percentile_lies_between_ranks(module) -> None:
     assert module.percentile([float(n) for n in range(101)], 0.95) == pytest.approx(95.0)
     assert module.percentile([3.0], 0.95) == 3.0
+
+
+def test_pairs_whose_collectives_differ_are_counted_and_want_an_explanation(module) -> None:
+    alike = {"operation": "all-gather", "axes": "a", "planned_bytes": 8, "bytes": 8}
+    fewer = alike | {"bytes": 4}
+    rows = [line(100, 100, collectives=(alike,)), line(100, 100, collectives=(alike, fewer))]
+    rows.append(line(100, 100, collectives=(fewer,)) | {"why_collectives_differ": "so"})
+    *_, differing, unexplained = module.claims(rows)
+    assert (differing.value, unexplained.value) == (2, 1)
+    assert differing.holds
+    assert not unexplained.holds
+
+
+def test_notes_are_of_pairs_that_there_are(module) -> None:
+    from parts.collective_notes import NOTES, explained
+
+    assert set(NOTES) <= {pair.name for pair in module.PAIRS}
+    name = next(iter(NOTES))
+    alike = [{"operation": "all-gather", "axes": "a", "planned_bytes": 8, "bytes": 8}]
+    assert explained(name, alike) is None
+    assert explained(name, [alike[0] | {"bytes": 4}])
+    assert explained("another", [alike[0] | {"bytes": 4}]) is None
