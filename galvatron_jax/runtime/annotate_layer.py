@@ -60,7 +60,10 @@ class AnnotatedLayer:
     def forward(
         self, inputs: Sequence[Any], ports: Container[int] | None = None, made: dict[Version, Any] | None = None
     ) -> tuple[list[Any | None], list[Any]]:
-        """From the input ports' arrays to the output ports' and the residuals; ports not asked for are None."""
+        """From the input ports' arrays to the output ports' and the residuals; ports not asked for are None.
+
+        Nothing is put into `made`: what backward repeats at once is XLA's to merge here.
+        """
         kind = self.local.static.kind
         env = {p.value: x for p, x in zip(kind.inputs, inputs, strict=True)}
         self._run(self.split.forward, env, "forward")
@@ -76,7 +79,10 @@ class AnnotatedLayer:
         cotangents: Mapping[int, Any],
         made: Mapping[Version, Any] | None = None,
     ) -> list[Any]:
-        """From inputs, residuals and the output ports' cotangents to gradients, in order of the input ports."""
+        """From inputs, residuals and the output ports' cotangents to gradients, in order of the input ports.
+
+        `made` is empty; see `forward`.
+        """
         kind = self.local.static.kind
         env = {p.value: x for p, x in zip(kind.inputs, inputs, strict=True) if x is not None}
         env |= dict(zip(self.split.saved, residuals, strict=True))
