@@ -115,7 +115,7 @@ if __name__ == "__main__":
         devices="two hosts of one core",
         options={
             "quick": {"action": "store_true", "help": "one model, two links, a dozen plans"},
-            "seconds": {"type": float, "default": 7200.0, "help": "begin no plan after so many seconds"},
+            "seconds": {"type": float, "default": 7200.0, "help": "begin no round after so many seconds"},
             "folder": {"default": str(FOLDER), "help": "where measurements are kept"},
         },
         saved=_draw,

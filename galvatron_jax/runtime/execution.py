@@ -206,13 +206,12 @@ class Executor:
         """Runs the layers of a run; puts what others read into the store: some output ports, or all."""
         inputs = [self.input(number, run, port, parameters, store) for port in range(len(run.inputs))]
         if run.length == 1:
-            made: dict[Version, Any] = {}
+            made: dict[Version, Any] | None = {} if number == len(self.runs) - 1 else None
             outputs, residuals = self.program(run).forward(inputs, ports, made)
             for port, x in enumerate(outputs):
                 if x is not None:
                     self._keep(run, port, store, [x])
-            last = number == len(self.runs) - 1
-            return Tape([self._needed(run, p, x) for p, x in enumerate(inputs)], residuals, made if last else {})
+            return Tape([self._needed(run, p, x) for p, x in enumerate(inputs)], residuals, made or {})
         return self.forward_loop(run, inputs, store)
 
     def input(self, number: int, run: Run, port: int, parameters: Mapping[str, Any], store: Mapping[str, Any]) -> Any:
