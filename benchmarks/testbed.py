@@ -269,15 +269,14 @@ def _remove(name: str) -> None:
 
 
 def _wait(jobs: Sequence[_Job], deadline: float) -> None:
-    """Returns when all have ended well; raises as soon as one has not."""
+    """Returns when all have answered; raises as soon as one has ended without an answer."""
     waiting = list(jobs)
     while waiting:
         for job in list(waiting):
-            code = job.process.poll()
-            if code is None:
-                continue
-            waiting.remove(job)
-            if code != 0:
+            code = job.process.poll()  # before the answer is looked for: an answer may come in between
+            if job.answer.exists():
+                waiting.remove(job)
+            elif code is not None:
                 raise TestbedError(f"Host {job.host} ended with {code}. The end of what it printed:\n{job.tail()}")
         if waiting and time.monotonic() > deadline:
             job = waiting[0]
