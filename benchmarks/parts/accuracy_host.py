@@ -37,7 +37,8 @@ from galvatron_jax.spec.profile import Profile
 from galvatron_jax.trace.model import Traced, trace
 
 OPTIMIZER = optax.adamw(1e-3)
-EFFORT = Sampling(budget_s=3.0, min_samples=7)
+EFFORT = Sampling(window_s=0.5, budget_s=3.0)
+"""Samples as long as a step: the machine's speed changes within it, so the least of shorter ones is less."""
 SPACE = SearchSpace(pipeline_degrees=None, disabled_rules=frozenset({Rule.TP_ACROSS_NODES}))
 """Each host has one device, so all parallelism is across."""
 

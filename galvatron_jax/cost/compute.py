@@ -125,7 +125,8 @@ class ProfiledCompute:
     """Measured times, piecewise linear in the local batch.
 
     A combination of degrees and remat that was not measured is scaled from the nearest one by the ratio of their
-    rooflines, and flagged as estimated.
+    rooflines, and flagged as estimated. So is one that was measured at another batch, but where the same degrees
+    without remat were measured around both: what is repeated grows with the batch as what is done once.
     """
 
     profile: Profile
@@ -172,6 +173,14 @@ class ProfiledCompute:
             return ComputeTime(*seconds, estimated=False)
         nearest = int(min(batches, key=lambda measured: abs(math.log(measured / batch))))
         index = int(np.searchsorted(batches, nearest))
+        plain = combinations.get((*wanted[:3], Remat.NONE))
+        if (
+            key == wanted
+            and plain is not None
+            and all(plain[0][0] <= size <= plain[0][-1] for size in (batch, nearest))
+        ):
+            there, back = (interpolate(plain[0], y, batch) / interpolate(plain[0], y, nearest) for y in plain[1:])
+            return ComputeTime(forward[index] * there, backward[index] * back, estimated=True)
         reference = self._reference(kind, key, nearest)
         return ComputeTime(
             _scaled(forward[index], bound.forward_s, reference.forward_s),

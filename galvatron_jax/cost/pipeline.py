@@ -1,9 +1,9 @@
 """Seconds and bytes of pipeline stages, and the prediction of a plan that has several.
 
 Stages meet at cuts: what crosses one waits in the plan-wide layout, is sent on after each forward, and stays in the
-receiving stage until its backward. What a stage stashes is copied into a slot and out of it again. A step takes the
-makespan of the schedule's table, and then what the slowest group of devices does once a step: gradient synchronisation
-(parameters that stages share included) and update.
+receiving stage until its backward. All stages send at once, after the slowest of a tick has ended. What a stage stashes
+is copied into a slot and out of it again. A step takes the makespan of the schedule's table, and then what the slowest
+group of devices does once a step: gradient synchronisation (parameters that stages share included) and update.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from typing import Protocol
+
+import numpy as np
 
 from galvatron_jax.cost.memory import Flat, LayerMemory, parameter_dtype, stored_bytes
 from galvatron_jax.cost.model import Batching, CostModel, LayerCost
@@ -78,6 +81,45 @@ class CutCost:
     bytes: int = 0
     forward_s: float = 0.0
     backward_s: float = 0.0
+
+
+class Sends(Protocol):
+    """Seconds to send a micro-batch's values over a cut, and their gradients back."""
+
+    @property
+    def forward_s(self) -> float:
+        """There."""
+        ...
+
+    @property
+    def backward_s(self) -> float:
+        """Back."""
+        ...
+
+
+def passing_seconds(cuts: Sequence[Sends], *, recomputes: bool) -> np.ndarray:
+    """Seconds that a stage's forward and backward of a micro-batch take for what then moves between stages.
+
+    All groups of devices exchange values together, so each waits for both ways: a first stage hands nothing back, and a
+    last one nothing on, but the others do.
+
+    Args:
+        cuts: per layer, in front of it; the first is empty.
+        recomputes: whether the last stage has no forward of its own, so that all is its backward's.
+
+    Returns:
+        float64[2, layers + 1, layers + 1], by way, a stage's first layer and the layer after its last; zeros where one
+        stage has all layers.
+    """
+    last = len(cuts)
+    there, back = (np.array([*own, 0.0]) for own in zip(*((c.forward_s, c.backward_s) for c in cuts), strict=True))
+    found = np.zeros((2, last + 1, last + 1))
+    found[0], found[1] = there, back[:, None]
+    found[0, :, last], found[1, 0] = there, back
+    if recomputes:
+        found[1, :, last] += found[0, :, last]
+        found[0, :, last] = 0.0
+    return found
 
 
 @dataclass(frozen=True)
@@ -248,6 +290,10 @@ class _Priced:
         return cut_costs(self.costs, self.pipelining, self.batching)
 
     @cached_property
+    def passing(self) -> np.ndarray:
+        return passing_seconds(self.cuts, recomputes=self.pipelining.recomputes)
+
+    @cached_property
     def held(self) -> tuple[HeldValue, ...]:
         return held_values(self.costs, self.batching)
 
@@ -263,8 +309,7 @@ class _Priced:
         compute = sum(layer.compute_s for layer in layers)
         if not last:
             there, back = self._edge(stop, leaving=True)
-            forward, backward = forward + there + cuts[stop].forward_s, backward + back
-        backward += cuts[start].backward_s
+            forward, backward = forward + there, backward + back
         if pipelining.recomputes:
             backward += recomputed
             compute += 0.0 if last else sum(layer.forward.compute_s for layer in layers)
@@ -272,6 +317,8 @@ class _Priced:
         else:
             stashed = self.costs.copy_seconds(residual)
             forward, backward, compute = forward + stashed, backward + stashed, compute + 2 * stashed
+        there, back = self.passing[:, start, stop].tolist()
+        forward, backward = forward + there, backward + back
         flying = pipelining.in_flight(self.batching.num_microbatches)[number]
         pooled = flying * cuts[start].bytes if start else 0
         made = sum(held.bytes for held in self.held if start <= held.producer < stop)

@@ -71,8 +71,6 @@ class _Stages:
     """Whether a stage may end before a layer and begin some layers before. bool[stages, layers + 1, lengths]"""
     first: np.ndarray
     """First layer of a stage by its end and length, 0 where there is none. int64[layers + 1, lengths]"""
-    sending: tuple[np.ndarray, np.ndarray]
-    """Seconds to send forward at a stage's end, and back at its start. float64[layers + 1]"""
 
     @cached_property
     def where(self) -> tuple[np.ndarray, ...]:
@@ -91,7 +89,6 @@ class _Stages:
         length = np.arange(1, int((stop - start).max()) + 1)
         begin = np.arange(wide.shape[1])[:, None] - length[None, :]
         first = np.maximum(begin, 0)
-        cuts = problem.cuts
         return cls(
             problem,
             LayerTables.of(problem),
@@ -99,7 +96,6 @@ class _Stages:
             _best_prices(problem, bounds),
             wide[:, first, np.arange(wide.shape[1])[:, None]] & (begin >= 0),
             first,
-            (np.array([cut.forward_s for cut in cuts] + [0.0]), np.array([cut.backward_s for cut in cuts] + [0.0])),
         )
 
     def cheapest(self, weights: _Weights) -> _Relaxed:
@@ -149,9 +145,9 @@ class _Stages:
         best = np.zeros(self.open.shape, np.int64)
         best[where] = found.argmax(1)
         least = np.maximum(found.max(1), 0.0) if self.problem.num_chunks == 1 else found.max(1)
-        ends, starts = self.sending
+        there, back = self.problem.passing[:, start, stop]
         cost = np.full(self.open.shape, np.inf)
-        cost[where] = least + weight[stage, 0] * ends[stop] + weight[stage, 1] * starts[start]
+        cost[where] = least + weight[stage, 0] * there + weight[stage, 1] * back
         return cost, (best, np.stack(chosen, axis=-1), np.stack(chosen_first, axis=-1))
 
     def _kept(self, stage: int) -> int:
@@ -168,8 +164,7 @@ class _Stages:
                 kind = self.layers.kind[layer]
                 pick = (chosen_first if layer == start else chosen)[stage, price, kind]
                 sums[stage] += self.layers.tables[kind][pick, : ONCE + 1]
-            sums[stage, 0] += self.sending[0][stop]
-            sums[stage, 1] += self.sending[1][start]
+            sums[stage, :2] += self.problem.passing[:, start, stop]
             starts.append(start)
             stop = start
         return _Relaxed(seconds, sums, tuple(reversed(starts)))

@@ -216,6 +216,9 @@ def _total_seconds(problem: Pipeline, limit: np.ndarray, room: float) -> float:
     priced = _price(problem, LayerTables.of(problem), problem.num_stages - 1, limit, once=0.0)
     sends = sorted(cut.forward_s + cut.backward_s for cut in problem.cuts[1:])
     sent = sum(sends[: problem.num_stages - 1])
+    if problem.num_stages > 1:
+        # The first stage also waits for a gradient, and the last for a value.
+        sent += min(cut.forward_s for cut in problem.cuts[1:]) + min(cut.backward_s for cut in problem.cuts[1:])
     return float(max(0.0, (priced.total[:, -1] - priced.price * room).max()) + sent)
 
 
@@ -434,14 +437,7 @@ def _loads(problem: Pipeline, priced: tuple[Priced, ...]) -> np.ndarray:
         np.maximum(bound.max(0), 0.0, out=found[stage])
         needed = one.least_bytes[None, :] - one.least_bytes[:, None]
         found[stage][empty | (needed > one.limit[:, None])] = np.inf
-    return found + _sending(problem)
-
-
-def _sending(problem: Pipeline) -> np.ndarray:
-    """Seconds to send on what crosses a stage's end, and back what crosses its start. [layers + 1, layers + 1]."""
-    forward = np.array([cut.forward_s for cut in problem.cuts] + [0.0])
-    backward = np.array([cut.backward_s for cut in problem.cuts] + [0.0])
-    return forward[None, :] + backward[:, None]
+    return found + problem.passing.sum(0)
 
 
 def _prices(own: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:

@@ -219,14 +219,13 @@ class FrontBuilder:
         recomputed = columns[:, FORWARD].copy()
         if not last:
             columns[:, :2] += problem.options(stop - 1, start).leave_s[labels.classes]
-            columns[:, FORWARD] += problem.cuts[stop].forward_s
-        columns[:, BACKWARD] += problem.cuts[start].backward_s
         columns[:, ONCE] += problem.exchange_s(start, stop)
         columns[:, RESIDENT] += problem.kept_bytes(stage, start, stop)
         if problem.recomputes:
             columns[:, BACKWARD] += recomputed
             if last:
                 columns[:, FORWARD] = 0.0
+        columns[:, [FORWARD, BACKWARD]] += problem.passing[:, start, stop]
         passing = columns[:, RESIDUAL] + columns[:, WORKSPACE]
         program = self._program(columns, stage, start, stop) if self.one_program else None
         compared = columns[:, [FORWARD, BACKWARD, ONCE]]

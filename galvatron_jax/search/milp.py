@@ -398,7 +398,7 @@ class _Formulation:
     def _stage_seconds(self, stage: int) -> tuple[_Sum, _Sum]:
         """Seconds forward and backward of a stage, each a variable."""
         problem = self.problem
-        own = [self._over(stage, "forward_s"), self._over(stage, "backward_s")]
+        own, last = [self._over(stage, "forward_s"), self._over(stage, "backward_s")], problem.num_stages - 1
         away: list[list[_Sum]] = [[], []]
         for index in self._layers_of(stage):
             layer, place = self.layers[index], (index, stage)
@@ -409,11 +409,17 @@ class _Formulation:
                     own[way].append(_sum(self.moves[place], seconds))
                 if place in self.begins and index:
                     own[way].append(_sum(self.begins[place], layer.enter_s[:, way]))
-                if place in self.ends and stage < problem.num_stages - 1:
-                    sent = problem.cuts[index + 1].forward_s if way == 0 else 0.0
-                    away[way].append(_sum(self.ends[place], layer.leave_s[:, way] + sent))
-            if place in self.begins:
-                away[1].append(_sum(self.begins[place], problem.cuts[index].backward_s))
+                if place in self.ends and stage < last:
+                    away[way].append(_sum(self.ends[place], layer.leave_s[:, way]))
+            # A first stage is known by its end, a last one by its begin, others pass on at one and back at the other.
+            if place in self.ends and stage < last:
+                there, back = problem.passing[:, 0 if stage == 0 else index, index + 1].tolist()
+                away[0].append(_sum(self.ends[place], there))
+                away[1].append(_sum(self.ends[place], back if stage == 0 else 0.0))
+            if place in self.begins and stage:
+                there, back = problem.passing[:, index, len(self.layers) if stage == last else index + 1].tolist()
+                away[0].append(_sum(self.begins[place], there if stage == last else 0.0))
+                away[1].append(_sum(self.begins[place], back))
         again = own[0] if problem.recomputes else []
         return self._variable([*own[0], *away[0]]), self._variable([*own[1], *away[1], *again])
 

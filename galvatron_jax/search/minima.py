@@ -80,10 +80,8 @@ def _weighted(
 
 def sending(problem: Pipeline, start: int, stop: int, weight: Weight) -> float:
     """Weighted seconds of a stage that no option changes: what it sends, and adds up with other stages."""
-    seconds = weight.backward * problem.cuts[start].backward_s + weight.once * problem.exchange_s(start, stop)
-    if stop < len(problem.layers):
-        seconds += weight.forward * problem.cuts[stop].forward_s
-    return seconds
+    there, back = problem.passing[:, start, stop].tolist()
+    return weight.forward * there + weight.backward * back + weight.once * problem.exchange_s(start, stop)
 
 
 @dataclass(frozen=True, eq=False)

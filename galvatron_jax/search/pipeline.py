@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from galvatron_jax.cost.pipeline import residuals_kept
+from galvatron_jax.cost.pipeline import passing_seconds, residuals_kept
 from galvatron_jax.cost.schedules import TickKinds, in_flight, makespan, recomputes, tick_kinds
 from galvatron_jax.spec.plan import Schedule
 from galvatron_jax.spec.strategy import LayerStrategy
@@ -125,6 +125,11 @@ class Pipeline:
     def recomputes(self) -> bool:
         """Whether backward begins with the stage's forward."""
         return recomputes(self.schedule)
+
+    @cached_property
+    def passing(self) -> np.ndarray:
+        """Seconds of each stage for what moves between stages; see `cost.pipeline.passing_seconds`."""
+        return passing_seconds(self.cuts, recomputes=self.recomputes)
 
     @cached_property
     def own_in_flight(self) -> tuple[int, ...]:
@@ -270,9 +275,7 @@ def sum_stage(problem: Pipeline, stage: int, start: int, stop: int, options: tup
     recomputed = forward
     if not last:
         away = layers[-1].leave_s[layers[-1].boundary[options[-1]]]
-        forward += float(away[0]) + problem.cuts[stop].forward_s
-        backward += float(away[1])
-    backward += problem.cuts[start].backward_s
+        forward, backward = forward + float(away[0]), backward + float(away[1])
     residual = sum(int(x.residual_bytes[o]) for x, o in pairs)
     static = sum(int(x.static_bytes[o]) for x, o in pairs)
     workspace = max(int(x.workspace_bytes[o]) for x, o in pairs)
@@ -283,6 +286,8 @@ def sum_stage(problem: Pipeline, stage: int, start: int, stop: int, options: tup
         resident, passing = static + kept, residual + workspace
     else:
         resident, passing = static + kept + problem.residuals_kept(stage) * residual, workspace
+    there, back = problem.passing[:, start, stop].tolist()
+    forward, backward = forward + there, backward + back
     once = sum(float(x.once_s[o]) for x, o in pairs) + problem.exchange_s(start, stop)
     return StageSum(forward, backward, once, resident, passing)
 

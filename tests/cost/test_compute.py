@@ -74,6 +74,16 @@ def test_remat_that_was_not_measured_keeps_forward_and_lengthens_backward() -> N
     assert found.backward_s == pytest.approx(8.0 * 3.0 / 2.0)
 
 
+def test_remat_that_was_measured_once_grows_with_the_batch_as_without() -> None:
+    strategy, again = LayerStrategy(remat=Remat.FULL), timing(16, 60.0, remat=Remat.FULL)
+    plain = [timing(4, 10.0), timing(8, 20.0), timing(16, 50.0)]  # A cache that 16 do not fit in.
+    found = priced(strategy, 8, *plain, again)
+    assert found.estimated
+    assert (found.forward_s, found.backward_s) == pytest.approx((24.0, 48.0))
+    # Beyond what was measured without, its roofline says how it grows.
+    assert priced(strategy, 8, *plain[2:], again).forward_s == pytest.approx(30.0)
+
+
 def test_a_kind_that_was_not_measured_takes_the_roofline() -> None:
     other = LayerTiming(**{**dict(timing(8, 4.0)), "kind": "other"})
     assert priced(LayerStrategy(), 8, other).forward_s < 1e-3

@@ -53,6 +53,8 @@ def test_a_repeated_kind_is_timed_at_every_tp_degree_and_at_the_corners():
         (4, 1, 1, "none", "none"),
         (1, 1, 1, "none", "none"),
         (4, 1, 1, "none", "full"),
+        (4, 1, 1, "none", "dots"),
+        (4, 1, 1, "none", "attention"),
         (8, 2, 1, "none", "none"),
         (16, 4, 1, "none", "none"),
         (32, 8, 1, "none", "none"),
@@ -117,8 +119,23 @@ def test_stages_of_a_pipeline_widen_the_range_of_local_batches():
         (4, 1, 1, "none", "none"),
         (1, 1, 1, "none", "none"),
         (8, 1, 1, "none", "full"),
+        (8, 1, 1, "none", "dots"),
+        (8, 1, 1, "none", "attention"),
     }
     assert {(16, 2), (32, 4), (32, 8)} <= {shape[:2] for shape in asked(requests)}
+
+
+def test_the_second_largest_batch_of_the_unsplit_layer_is_timed_and_remat_only_where_it_is_searched():
+    plain = [LayerStrategy(dp=dp) for dp in ((), ("a",), ("a", "b"), ("a", "b", "c"))]
+    requests = choose_points(
+        model("Block", "Block"), plain, mesh=MESH, microbatches=[8, 32], stages=["", "a", "ab", "abc"]
+    )
+    assert [(request.shape.batch, request.remat) for request in requests] == [
+        (32, Remat.NONE),
+        (1, Remat.NONE),
+        (8, Remat.NONE),
+        (16, Remat.NONE),
+    ]
 
 
 def test_no_strategy_gives_no_point():

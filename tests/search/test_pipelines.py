@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from galvatron_jax.cost.schedules import make_table, simulate
@@ -211,7 +211,7 @@ def test_seconds_are_those_of_the_table_played_tick_by_tick(seed: int) -> None:
     )
     forward = [stage.forward_s for stage in solution.stages]
     backward = [stage.backward_s for stage in solution.stages]
-    assert len(set(backward)) > 1  # Stages are unequal.
+    assume(len(set(backward)) > 1)  # Stages are unequal, but for a few that happen to be of one layer kind.
     groups = [solution.stages[group :: problem.degree] for group in range(problem.degree)]
     once = max(math.fsum(stage.once_s for stage in group) for group in groups)
     assert solution.seconds == simulate(table, forward, backward).total_s + once
