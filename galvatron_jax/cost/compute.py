@@ -179,8 +179,9 @@ class ProfiledCompute:
             and plain is not None
             and all(plain[0][0] <= size <= plain[0][-1] for size in (batch, nearest))
         ):
-            there, back = (interpolate(plain[0], y, batch) / interpolate(plain[0], y, nearest) for y in plain[1:])
-            return ComputeTime(forward[index] * there, backward[index] * back, estimated=True)
+            here, there = ([interpolate(plain[0], y, size) for y in plain[1:]] for size in (batch, nearest))
+            measured = zip((forward[index], backward[index]), here, there, strict=True)
+            return ComputeTime(*(_scaled(*figures) for figures in measured), estimated=True)
         reference = self._reference(kind, key, nearest)
         return ComputeTime(
             _scaled(forward[index], bound.forward_s, reference.forward_s),
