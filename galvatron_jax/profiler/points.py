@@ -52,11 +52,11 @@ def choose_points(
 ) -> list[LayerTimingRequest]:
     """Chooses what to time, the most telling points first.
 
-    Of a kind that repeats, every tp degree is timed at its largest local batch; the unsplit layer also at its second
-    largest, its middle and its smallest, the largest tp degree at its smallest; the unsplit layer also with every sort
-    of rematerialisation there is to choose from; and the largest Ulysses and Megatron sequence degrees once. Of other
-    kinds (embedding, head) the unsplit layer and the largest tp degree. Between these the cost model interpolates;
-    with rematerialisation a layer's time grows with the batch as without.
+    Of a kind that repeats, every tp degree is timed at its largest local batch; the unsplit layer also at its middle
+    and smallest, and at that of data parallelism over all devices; the largest tp degree at its smallest; the unsplit
+    layer, at its middle one, also with every sort of rematerialisation there is to choose from; and the largest Ulysses
+    and Megatron sequence degrees once. Of other kinds (embedding, head) the unsplit layer and the largest tp degree.
+    Between these the cost model interpolates; with rematerialisation a layer's time grows with the batch as without.
 
     Args:
         model: The model.
@@ -70,6 +70,7 @@ def choose_points(
     repeats = max(counts.values(), default=0) > 1
     batches = sorted(set(microbatches))
     strategies = _unidle(strategies, [frozenset(axes) for axes in ([mesh] if stages is None else stages)])
+    shared = max(batches, default=0) // math.prod(mesh.values())
     asked = {strategy.remat for strategy in strategies}
     # Where only communication is repeated, computation takes as long as without.
     remats = [remat for remat in (Remat.FULL, Remat.DOTS, Remat.ATTENTION) if remat in asked]
@@ -77,7 +78,9 @@ def choose_points(
     for index in sorted(counts):
         kind = model.kinds[index]
         corners = _corners(kind, strategies, mesh, batches)
-        chosen = _repeated(kind, corners, remats) if counts[index] > 1 or not repeats else _single(kind, corners)
+        chosen = (
+            _repeated(kind, corners, remats, shared) if counts[index] > 1 or not repeats else _single(kind, corners)
+        )
         requests = dict.fromkeys(chosen)
         ranked += [(rank, index, request) for rank, request in enumerate(requests)]
     ranked.sort(key=lambda entry: entry[:2])
@@ -85,7 +88,7 @@ def choose_points(
 
 
 def _repeated(
-    kind: LayerKind, corners: Mapping[_Degrees, list[_Corner]], remats: Sequence[Remat]
+    kind: LayerKind, corners: Mapping[_Degrees, list[_Corner]], remats: Sequence[Remat], shared: int
 ) -> Iterator[LayerTimingRequest]:
     splits = sorted(degrees for degrees in corners if degrees[1] == 1)
     if not splits:
@@ -93,15 +96,16 @@ def _repeated(
     if not splits:
         return
     base, widest = splits[0], splits[-1]
+    middle = corners[base][len(corners[base]) // 2]
     yield _request(kind, base, corners[base][-1])
     yield _request(kind, widest, corners[widest][-1])
     for remat in remats[:1]:
-        yield _request(kind, base, corners[base][-1], remat)
+        yield _request(kind, base, middle, remat)
     yield _request(kind, base, corners[base][0])
-    yield _request(kind, base, corners[base][len(corners[base]) // 2])
-    yield _request(kind, base, corners[base][-2:][0])
+    yield _request(kind, base, middle)
+    yield from (_request(kind, base, corner) for corner in corners[base] if corner.batch == shared)
     for remat in remats[1:]:
-        yield _request(kind, base, corners[base][-1], remat)
+        yield _request(kind, base, middle, remat)
     for degrees in splits[1:-1]:
         yield _request(kind, degrees, corners[degrees][-1])
     for sp_kind in (SequenceParallel.ULYSSES, SequenceParallel.MEGATRON):

@@ -118,14 +118,14 @@ def test_stages_of_a_pipeline_widen_the_range_of_local_batches():
         (8, 1, 1, "none", "none"),
         (4, 1, 1, "none", "none"),
         (1, 1, 1, "none", "none"),
-        (8, 1, 1, "none", "full"),
-        (8, 1, 1, "none", "dots"),
-        (8, 1, 1, "none", "attention"),
+        (4, 1, 1, "none", "full"),
+        (4, 1, 1, "none", "dots"),
+        (4, 1, 1, "none", "attention"),
     }
     assert {(16, 2), (32, 4), (32, 8)} <= {shape[:2] for shape in asked(requests)}
 
 
-def test_the_second_largest_batch_of_the_unsplit_layer_is_timed_and_remat_only_where_it_is_searched():
+def test_the_batch_of_pure_data_parallelism_is_timed_and_remat_only_where_it_is_searched():
     plain = [LayerStrategy(dp=dp) for dp in ((), ("a",), ("a", "b"), ("a", "b", "c"))]
     requests = choose_points(
         model("Block", "Block"), plain, mesh=MESH, microbatches=[8, 32], stages=["", "a", "ab", "abc"]
@@ -134,7 +134,7 @@ def test_the_second_largest_batch_of_the_unsplit_layer_is_timed_and_remat_only_w
         (32, Remat.NONE),
         (1, Remat.NONE),
         (8, Remat.NONE),
-        (16, Remat.NONE),
+        (4, Remat.NONE),
     ]
 
 
